@@ -1,0 +1,3 @@
+"""ctd-scale: generative recommendation with continuous-token diffusion, distributed with Ray."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,301 @@
+"""Publish and read artifacts: a folder of files whose `manifest.json` is written last.
+
+An artifact without a manifest is not published. The manifest holds a sha256 of every file, the hash of the
+configuration and the digests of the artifacts that it was made from, so that a stage whose inputs did not change
+is skipped, and an artifact made from something else is refused.
+
+`storage` is a local folder or any fsspec URL. Remote artifacts are read through a local cache, verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import tomli_w
+
+from ctd_scale import __version__
+from ctd_scale.config import RunConfig, load_config
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+# Which command makes which artifact: every refusal names it.
+MAKERS = {
+    "interactions": "prepare_interactions",
+    "graph": "train_graph",
+    "embeddings": "train_graph",
+    "models/tokenizer": "train_tokenizer",
+    "tokens": "train_tokenizer",
+    "models/llm": "train_llm",
+    "preferences": "export_preferences",
+    "models/diffusion": "train_diffusion",
+    "index": "build_index",
+    "ranking": "calibrate_ranking",
+    "metrics": "evaluate",
+}
+
+
+class ArtifactError(ValueError):
+    """An artifact is missing, damaged or made from something else."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published, verified folder."""
+
+    name: str
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content (hex sha256 over the files' digests)."""
+        return str(self.manifest["digest"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """`{storage}/{name}`: where one run's artifacts, checkpoints and logs lie."""
+
+    storage: str
+    name: str
+    cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "ctd-scale" / "artifacts")
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run, by its folder or URL. Raises ArtifactError where there is none."""
+        storage, _, name = str(path).rstrip("/").rpartition("/")
+        run = cls(storage or ".", name)
+        if not run.exists("run.toml"):
+            raise ArtifactError(
+                f"no run at {path}: {path}/run.toml does not exist; `ctd run --storage DIR --name RUN` makes one"
+            )
+        return run
+
+    @property
+    def url(self) -> str:
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.storage
+
+    @property
+    def root(self) -> Path:
+        """Local folder of the run; for a remote run, its local scratch (logs, staging)."""
+        if self.is_local:
+            return Path(self.url).absolute()
+        return self.cache / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+
+    @property
+    def checkpoints(self) -> str:
+        """Where Ray Train keeps resumable checkpoints (path or URL)."""
+        return str(self.root / "checkpoints") if self.is_local else f"{self.url}/checkpoints"
+
+    def exists(self, relative: str) -> bool:
+        if self.is_local:
+            return (self.root / relative).exists()
+        filesystem, base = fsspec.url_to_fs(self.url)
+        return bool(filesystem.exists(f"{base}/{relative}"))
+
+    def write_config(self, config: RunConfig) -> None:
+        """Freeze the config, defaults included, as run.toml."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        text = tomli_w.dumps(config.model_dump(mode="json"))
+        write_text(self.root / "run.toml", text)
+        if not self.is_local:
+            filesystem, base = fsspec.url_to_fs(self.url)
+            filesystem.makedirs(base, exist_ok=True)
+            filesystem.pipe_file(f"{base}/run.toml", text.encode())
+
+    def read_config(self) -> RunConfig:
+        local = self.root / "run.toml"
+        if not self.is_local:
+            self.root.mkdir(parents=True, exist_ok=True)
+            filesystem, base = fsspec.url_to_fs(self.url)
+            local.write_bytes(filesystem.cat_file(f"{base}/run.toml"))
+        return load_config(local)
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def manifest(self, name: str) -> Mapping[str, Any] | None:
+        """The manifest of a published artifact, or None."""
+        if not self.exists(f"{name}/{MANIFEST}"):
+            return None
+        if self.is_local:
+            text = (self.root / name / MANIFEST).read_text()
+        else:
+            filesystem, base = fsspec.url_to_fs(self.url)
+            text = filesystem.cat_file(f"{base}/{name}/{MANIFEST}").decode()
+        try:
+            manifest: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArtifactError(f"{self.url}/{name}/{MANIFEST} is not JSON ({error}); {_rerun(name)}") from None
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{self.url}/{name} has schema version {manifest.get('schema_version')}, this is ctd-scale "
+                f"{__version__} with schema version {SCHEMA_VERSION}; {_rerun(name)}"
+            )
+        return manifest
+
+    def fetch(self, name: str, *, verify: bool = True) -> Artifact:
+        """A published artifact as a local folder, every file checked against its digest.
+
+        Raises ArtifactError: not published, or a file differs from what was published.
+        """
+        manifest = self.manifest(name)
+        if manifest is None:
+            raise ArtifactError(f"{self.url}/{name} is not published; {_rerun(name)}")
+        path = self.root / name if self.is_local else self._download(name, manifest)
+        if verify:
+            for file, entry in manifest["files"].items():
+                if not (path / file).is_file():
+                    raise ArtifactError(f"{path / file} is missing; {_rerun(name)}")
+                got = file_digest(path / file)
+                if got != entry["sha256"]:
+                    raise ArtifactError(
+                        f"{path / file} was changed after it was published: sha256 is {got[:12]}..., "
+                        f"expected {entry['sha256'][:12]}...; {_rerun(name)}"
+                    )
+        return Artifact(name, path, manifest)
+
+    def require_made_from(self, artifact: Artifact, *inputs: Artifact) -> None:
+        """Refuse an artifact that was made from other inputs than these."""
+        for given in inputs:
+            expected = artifact.manifest["inputs"].get(given.name)
+            if expected is not None and expected != given.digest:
+                raise ArtifactError(
+                    f"{self.url}/{artifact.name} was made from another {given.name} (digest {expected[:12]}..., "
+                    f"found {given.digest[:12]}...); {_rerun(artifact.name)}"
+                )
+
+    def _download(self, name: str, manifest: Mapping[str, Any]) -> Path:
+        target = self.cache / manifest["digest"]
+        if not (target / MANIFEST).exists():
+            filesystem, base = fsspec.url_to_fs(self.url)
+            aside = self.cache / f".{manifest['digest']}-{uuid.uuid4().hex[:8]}"
+            for file in (*manifest["files"], MANIFEST):
+                (aside / file).parent.mkdir(parents=True, exist_ok=True)
+                filesystem.get_file(f"{base}/{name}/{file}", str(aside / file))
+            _replace_folder(aside, target)
+        return target
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def publish(
+        self,
+        name: str,
+        *,
+        config_hash: str,
+        inputs: Mapping[str, str],
+        facts: Mapping[str, Any] | None = None,
+    ) -> Iterator[Path]:
+        """Write an artifact: yields a staging folder; on leaving without an error it is published whole.
+
+        `inputs` maps artifact name to digest; `facts` (rows, shapes, ...) may be filled until the block is left.
+        """
+        staging = self.root / ".staging" / f"{name.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            files = {
+                str(path.relative_to(staging)): {"sha256": file_digest(path), "bytes": path.stat().st_size}
+                for path in sorted(staging.rglob("*"))
+                if path.is_file()
+            }
+            digest = hashlib.sha256(
+                json.dumps({file: entry["sha256"] for file, entry in files.items()}, sort_keys=True).encode()
+            ).hexdigest()
+            manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "ctd_scale": __version__,
+                "artifact": name,
+                "digest": digest,
+                "config_hash": config_hash,
+                "inputs": dict(inputs),
+                "facts": dict(facts or {}),
+                "git_revision": _git_revision(),
+                "files": files,
+            }
+            for path in staging.rglob("*"):
+                if path.is_file():
+                    _fsync(path)
+            write_text(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            if self.is_local:
+                _replace_folder(staging, self.root / name)
+            else:
+                self._upload(staging, name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _upload(self, staging: Path, name: str) -> None:
+        filesystem, base = fsspec.url_to_fs(self.url)
+        if filesystem.exists(f"{base}/{name}"):
+            filesystem.rm(f"{base}/{name}", recursive=True)
+        files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MANIFEST)
+        for path in [*files, staging / MANIFEST]:  # the manifest goes last: without it nothing is published
+            target = f"{base}/{name}/{path.relative_to(staging)}"
+            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            filesystem.put_file(str(path), target)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        sha = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            sha.update(chunk)
+        return sha.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never a part."""
+    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    aside.write_text(text, encoding="utf-8")
+    _fsync(aside)
+    aside.replace(path)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Put a finished folder in place; a kill in between leaves either none or a whole one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        old = target.with_name(f".{target.name}-old-{uuid.uuid4().hex[:8]}")
+        target.rename(old)
+        source.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        source.rename(target)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rerun(name: str) -> str:
+    return f"rerun {MAKERS.get(name, name)} (`ctd run` does it)"
+
+
+def _git_revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

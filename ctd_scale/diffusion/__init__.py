@@ -1,0 +1,1 @@
+"""Conditional diffusion over item vectors: a density, not only a generator."""

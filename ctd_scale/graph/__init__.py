@@ -1,0 +1,1 @@
+"""The user-item graph and its collaborative embeddings (LightGCN on sampled neighbourhoods)."""

@@ -1,0 +1,1 @@
+"""Raw logs and catalogues become clean, split, densely indexed sequences."""

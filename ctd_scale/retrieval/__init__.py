@@ -1,0 +1,1 @@
+"""Dense and text candidates, exactly rescored."""

@@ -1,0 +1,1 @@
+"""The served endpoint: Ray Serve deployments behind FastAPI."""

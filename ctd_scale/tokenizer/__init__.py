@@ -1,0 +1,1 @@
+"""Collaborative embeddings become K additive continuous tokens."""

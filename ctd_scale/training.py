@@ -1,0 +1,254 @@
+"""Ray Train glue shared by the training loops: start Ray, run a loop on N workers, resume it, show its progress.
+
+A loop is a plain function `loop(arguments)` that runs on every worker. It asks `latest_checkpoint()` where to go
+on, calls `report_checkpoint` as it goes, and logs steps through a `StepLog`. What the last checkpoint holds under
+`export/` is what the stage publishes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ctd_scale.artifacts import Run, write_text
+from ctd_scale.config import StageResources
+
+OBJECT_STORE_BYTES = 512 * 1024**2
+EXPORT = "export"
+console = Console()
+
+
+class TrainingError(RuntimeError):
+    """A training stage failed after its retries; the message carries the worker's error."""
+
+
+def start_ray() -> None:
+    """Join the cluster named by RAY_ADDRESS (as under `ray job submit`), or start a private one on this machine."""
+    if ray.is_initialized():
+        return
+    # Workers must not print a warning per library; ours are errors or rich output.
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", **options)
+    else:
+        # Logical CPUs only admit actors: samplers and the trainer overlap even on two cores.
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, 4),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **options,
+        )
+    for noisy in ("ray.data", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+
+
+def run_training(
+    loop: Callable[[dict[str, Any]], None],
+    arguments: Mapping[str, Any],
+    *,
+    run: Run,
+    stage: str,
+    key: str,
+    resources: StageResources,
+    datasets: Mapping[str, ray.data.Dataset] | None = None,
+) -> Path:
+    """Run `loop` on the stage's workers until it ends; returns the local `export/` folder of its last checkpoint.
+
+    Checkpoints lie under `{run}/checkpoints/{stage}-{key}`: the same key resumes, another key (another config or
+    other inputs) starts anew. Raises TrainingError after `resources.max_failures` worker failures.
+    """
+    start_ray()
+    name = f"{stage}-{key[:12]}"
+    logs = run.root / "logs" / stage
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / "progress.json").unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={**arguments, "logs": str(logs), "resources": resources.model_dump()},
+        scaling_config=ScalingConfig(num_workers=resources.num_workers, use_gpu=resources.use_gpu),
+        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=run.checkpoints,
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+        datasets=dict(datasets or {}),
+        # Every worker reads the dataset made for it, whole: the split is ours, so it is the same on every run.
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+    )
+    with _shown_progress(stage, logs / "progress.json"):
+        try:
+            result = trainer.fit()
+        except Exception as error:
+            raise TrainingError(f"{stage} failed on its workers: {error}") from error
+    if result.error is not None:
+        raise TrainingError(f"{stage} failed on its workers: {result.error}")
+    assert result.checkpoint is not None, "a loop must report a checkpoint before it ends"
+    target = run.root / ".staging" / f"{name}-export"
+    shutil.rmtree(target, ignore_errors=True)
+    with result.checkpoint.as_directory() as folder:
+        shutil.copytree(Path(folder) / EXPORT, target)
+    return target
+
+
+def discard_checkpoints(run: Run, stage: str) -> None:
+    """Remove the resumable state of a stage: once its artifact is published nothing needs it."""
+    if run.is_local:
+        for folder in Path(run.checkpoints).glob(f"{stage}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# -- inside a worker -----------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return int(ray.train.get_context().get_world_rank())
+
+
+def world_size() -> int:
+    return int(ray.train.get_context().get_world_size())
+
+
+def prepare_worker(arguments: Mapping[str, Any], seed: int) -> torch.device:
+    """Seeds, thread count and device of this worker. Oversubscribed threads cost a factor of ten on CPU."""
+    resources = StageResources.model_validate(arguments["resources"])
+    torch.set_num_threads(resources.threads_per_worker or max(1, (os.cpu_count() or 1) // world_size()))
+    seed_all(seed)
+    return ray.train.torch.get_device()
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that draw from the global state
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def latest_checkpoint() -> Iterator[Path | None]:
+    """The checkpoint to go on from, as a local folder, or None on a fresh start."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+    else:
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+
+def report_checkpoint(metrics: Mapping[str, Any], write: Callable[[Path], None], *, every_rank: bool = False) -> None:
+    """Persist a checkpoint. Every rank must call this; rank 0 alone writes unless `every_rank`."""
+    with tempfile.TemporaryDirectory(prefix="ctd-checkpoint-") as folder:
+        checkpoint = None
+        if every_rank or rank() == 0:
+            write(Path(folder))
+            checkpoint = Checkpoint.from_directory(folder)
+        ray.train.report(dict(metrics), checkpoint=checkpoint)
+
+
+class StepLog:
+    """TensorBoard events and the progress file, written by rank 0."""
+
+    def __init__(self, logs: str, total_steps: int) -> None:
+        self._total = total_steps
+        self._folder = Path(logs)
+        self._writer: Any = None
+        self._shown = 0.0
+        if rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(logs)
+
+    def step(self, step: int, scalars: Mapping[str, float | torch.Tensor]) -> None:
+        """`step` counts finished optimizer steps, from 1. Scalars are read at most once a second."""
+        due = time.monotonic() - self._shown >= 1.0 or step == self._total
+        if self._writer is None or not due:
+            return
+        values = {name: float(value) for name, value in scalars.items()}
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        write_text(self._folder / "progress.json", json.dumps({"step": step, "total": self._total, **values}))
+        self._shown = time.monotonic()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+# -- on the driver -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _shown_progress(stage: str, file: Path) -> Iterator[None]:
+    """Draw the workers' progress file: a bar on a terminal, a line every 15 s elsewhere."""
+    stop = threading.Event()
+    draw = _draw_bar if console.is_terminal else _print_lines
+    thread = threading.Thread(target=draw, args=(stage, file, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _read_progress(file: Path) -> dict[str, Any] | None:
+    try:
+        progress: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return progress
+
+
+def _describe(progress: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in progress.items() if name not in ("step", "total"))
+
+
+def _draw_bar(stage: str, file: Path, stop: threading.Event) -> None:
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(stage, total=None, values="starting workers")
+        while True:
+            stopped = stop.wait(0.5)
+            if (progress := _read_progress(file)) is not None:
+                bar.update(task, completed=progress["step"], total=progress["total"], values=_describe(progress))
+            if stopped:
+                return
+
+
+def _print_lines(stage: str, file: Path, stop: threading.Event) -> None:
+    while not stop.wait(15.0):
+        if (progress := _read_progress(file)) is not None:
+            console.print(f"  {stage} step {progress['step']}/{progress['total']}  {_describe(progress)}", highlight=False)
