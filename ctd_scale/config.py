@@ -61,9 +61,9 @@ class GraphConfig(Section):
     embed_dim: Positive = 64
     num_layers: Positive = 2
     fanout: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (16, 8)
-    epochs: Positive = 30
+    epochs: Positive = 40
     batch_size: Positive = Field(2048, description="positive edges per optimizer step, all workers together")
-    learning_rate: PositiveFloat = 5e-3
+    learning_rate: PositiveFloat = 1e-2
     l2: NotNegative = 1e-4
     streaming: Literal["ray_data", "in_process"] = "ray_data"
     sampler_actors: Positive = 1
@@ -102,6 +102,9 @@ class LLMConfig(Section):
     lora_rank: Positive = 16
     lora_alpha: Positive = 32
     max_history: Positive = 50
+    max_windows: Annotated[int, Field(ge=0)] = Field(
+        0, description="train on the latest n windows of max_history items of each user; 0 = all"
+    )
     max_title_tokens: Positive = 6
     use_user_tokens: bool = False
     epochs: Positive = 5

@@ -1,0 +1,179 @@
+"""Vectorised neighbour sampling: from positive edges to the message-passing blocks of a minibatch.
+
+A minibatch is a function of (seed, epoch, step, rank) alone, so it is the same whoever computes it and in whatever
+order: actors may die, runs may resume.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Int64
+from numpy import ndarray
+
+from ctd_scale.graph.csr import BipartiteGraph
+
+
+@dataclass(frozen=True)
+class Block:
+    """One hop of messages: `sources[e] -> targets[e]` with `weights[e]`; targets are the first `num_targets` nodes."""
+
+    sources: Int64[ndarray, "messages"]
+    targets: Int64[ndarray, "messages"]
+    weights: Float32[ndarray, "messages"]
+    num_targets: int
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """BPR triples as positions among the seeds, and what is needed to encode the seeds.
+
+    `nodes` are the node ids of the deepest layer, the `num_seeds` seeds first; `blocks` in order of application.
+    """
+
+    users: Int64[ndarray, "batch"]
+    positives: Int64[ndarray, "batch"]
+    negatives: Int64[ndarray, "batch"]
+    num_seeds: int
+    nodes: Int64[ndarray, "nodes"]
+    blocks: tuple[Block, ...]
+
+    def to_arrow(self) -> pa.Table:
+        """One row, so that a finished minibatch travels through Ray Data as it is."""
+        columns = {
+            "users": self.users,
+            "positives": self.positives,
+            "negatives": self.negatives,
+            "nodes": self.nodes,
+            "sizes": np.array([self.num_seeds, *(block.num_targets for block in self.blocks)]),
+            "messages": np.array([len(block.sources) for block in self.blocks]),
+            "sources": np.concatenate([block.sources for block in self.blocks]),
+            "targets": np.concatenate([block.targets for block in self.blocks]),
+            "weights": np.concatenate([block.weights for block in self.blocks]),
+        }
+        return pa.table(
+            {name: pa.LargeListArray.from_arrays([0, len(v)], pa.array(v)) for name, v in columns.items()}
+        )
+
+    @classmethod
+    def from_arrow(cls, row: pa.Table) -> Minibatch:
+        read = {name: row[name].combine_chunks().flatten().to_numpy() for name in row.column_names}
+        num_seeds, *num_targets = read["sizes"].tolist()
+        cuts = np.cumsum(read["messages"])[:-1]
+        parts = zip(*(np.split(read[name], cuts) for name in ("sources", "targets", "weights")), num_targets, strict=True)
+        blocks = tuple(Block(*part) for part in parts)
+        return cls(read["users"], read["positives"], read["negatives"], num_seeds, read["nodes"], blocks)
+
+
+class NeighborSampler:
+    """Draws up to `fanout[l]` distinct neighbours per node and hop, weighted so that the sum is unbiased.
+
+    LightGCN needs `sum_{w in N(v)} e_w / sqrt(d_v d_w)`. Of d_v neighbours, n = min(d_v, fanout) are drawn without
+    replacement, and each term is scaled by d_v / n. Every hop draws anew for all of its targets, also for those
+    that an outer hop drew for already: reused draws would be correlated and bias paths that return to a node.
+    """
+
+    def __init__(self, graph: BipartiteGraph, fanout: tuple[int, ...]) -> None:
+        self.graph = graph
+        self.fanout = fanout
+        self._position = np.full(graph.num_nodes, -1, np.int64)
+
+    def sample(
+        self, seeds: Int64[ndarray, "seeds"], random: np.random.Generator
+    ) -> tuple[Int64[ndarray, "nodes"], tuple[Block, ...]]:
+        """Nodes (seeds first, which must be distinct) and blocks (in order of application) that encode the seeds."""
+        nodes, blocks = seeds, []
+        for fanout in self.fanout:
+            neighbors, targets, counts = self._draw(nodes, fanout, random)
+            degrees = self.graph.degrees
+            scale = degrees[nodes] / np.maximum(counts, 1)
+            weights = scale[targets] / np.sqrt(degrees[nodes[targets]] * degrees[neighbors])
+            grown, sources = self._relabel(nodes, neighbors)
+            blocks.append(Block(sources, targets, weights.astype(np.float32), len(nodes)))
+            nodes = grown
+        return nodes, tuple(reversed(blocks))
+
+    def _draw(
+        self, nodes: Int64[ndarray, "nodes"], fanout: int, random: np.random.Generator
+    ) -> tuple[Int64[ndarray, "messages"], Int64[ndarray, "messages"], Int64[ndarray, "nodes"]]:
+        """Neighbour ids, the position of the node each belongs to, and how many each node got."""
+        starts, degrees = self.graph.offsets[nodes], self.graph.degrees[nodes]
+        counts = np.minimum(degrees, fanout)
+        targets = np.repeat(np.arange(len(nodes)), counts)
+        slot = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
+        pick = slot  # a node with few neighbours takes all of them, in order
+        large = np.flatnonzero(degrees > fanout)
+        if len(large):
+            pick = slot.copy()
+            pick[np.repeat(degrees > fanout, counts)] = _distinct(degrees[large], fanout, random).ravel()
+        return self.graph.neighbors[starts[targets] + pick].astype(np.int64), targets, counts
+
+    def _relabel(
+        self, nodes: Int64[ndarray, "nodes"], neighbors: Int64[ndarray, "messages"]
+    ) -> tuple[Int64[ndarray, "grown"], Int64[ndarray, "messages"]]:
+        """Append the neighbours that are new; give each message the position of its source."""
+        position = self._position
+        position[nodes] = np.arange(len(nodes))
+        new = np.unique(neighbors[position[neighbors] < 0])
+        position[new] = np.arange(len(nodes), len(nodes) + len(new))
+        grown = np.concatenate([nodes, new])
+        sources = position[neighbors]
+        position[grown] = -1
+        return grown, sources
+
+
+def _distinct(
+    sizes: Int64[ndarray, "rows"], count: int, random: np.random.Generator
+) -> Int64[ndarray, "rows count"]:
+    """`count` distinct numbers below each size, uniformly (Floyd's algorithm, all rows at once)."""
+    chosen = np.empty((len(sizes), count), np.int64)
+    uniform = random.random((count, len(sizes)))
+    for slot in range(count):
+        last = sizes - count + slot
+        draw = (uniform[slot] * (last + 1)).astype(np.int64)
+        taken = (chosen[:, :slot] == draw[:, None]).any(axis=1)
+        chosen[:, slot] = np.where(taken, last, draw)
+    return chosen
+
+
+def steps_per_epoch(num_edges: int, batch_size: int) -> int:
+    """Full batches only; the remainder is another one every epoch, because the order is."""
+    return max(1, num_edges // batch_size)
+
+
+def make_minibatch(
+    sampler: NeighborSampler, *, seed: int, step: int, batch_size: int, rank: int, world_size: int
+) -> Minibatch:
+    """The part of `rank` in the global minibatch of optimizer step `step` (0-based over all epochs)."""
+    graph = sampler.graph
+    epoch, position = divmod(step, steps_per_epoch(graph.num_edges, batch_size))
+    order = _epoch_order(graph.num_edges, seed, epoch)
+    users, positives = graph.edge(order[position * batch_size : (position + 1) * batch_size])
+    negatives = _draw_negatives(graph, users, np.random.default_rng((seed, 1, step)))
+    mine = slice(rank, None, world_size)
+    users, positives, negatives = users[mine], positives[mine], negatives[mine]
+    seeds, inverse = np.unique(np.concatenate([users, positives, negatives]), return_inverse=True)
+    nodes, blocks = sampler.sample(seeds, np.random.default_rng((seed, 2, step, rank)))
+    return Minibatch(*np.split(inverse, 3), num_seeds=len(seeds), nodes=nodes, blocks=blocks)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_edges: int, seed: int, epoch: int) -> Int64[ndarray, "edges"]:
+    return np.random.default_rng((seed, 0, epoch)).permutation(num_edges)
+
+
+def _draw_negatives(
+    graph: BipartiteGraph, users: Int64[ndarray, "batch"], random: np.random.Generator, tries: int = 8
+) -> Int64[ndarray, "batch"]:
+    """Item nodes drawn uniformly, drawn again where the user has them. After `tries` a positive may remain: a user
+    who has nearly everything must not stall training."""
+    negatives = random.integers(graph.num_users, graph.num_nodes, len(users))
+    for _ in range(tries):
+        positive = np.flatnonzero(graph.has_edge(users, negatives))
+        if not len(positive):
+            break
+        negatives[positive] = random.integers(graph.num_users, graph.num_nodes, len(positive))
+    return negatives

