@@ -136,8 +136,8 @@ class DiffusionConfig(Section):
     prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample"
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     num_train_timesteps: Positive = 1000
-    hidden_dim: Positive = 512
-    num_blocks: Positive = 3
+    hidden_dim: Positive = 256
+    num_blocks: Positive = 2
     dropout: Fraction = 0.1
     condition_dropout: Fraction = 0.1
     denoising_weight: NotNegative = 1.0

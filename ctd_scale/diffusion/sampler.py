@@ -1,0 +1,91 @@
+"""Few-step seeded sampling with the schedulers of diffusers, and the denoiser's error as a density.
+
+The noise is common to all users: an answer depends on (condition, seed) alone, never on who shares the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ctd_scale.config import DiffusionConfig
+from ctd_scale.diffusion.objective import add_noise, cumulative_alphas, predicted_sample
+
+
+def make_scheduler(config: DiffusionConfig) -> Any:
+    """The sampling scheduler: same betas as in training, timesteps that begin at the very last one."""
+    options: dict[str, Any] = {
+        "num_train_timesteps": config.num_train_timesteps,
+        "beta_schedule": config.beta_schedule,
+        "prediction_type": config.prediction_type,
+        "rescale_betas_zero_snr": config.prediction_type != "epsilon",
+        "timestep_spacing": "trailing",
+    }
+    if config.sampler == "ddim":
+        return DDIMScheduler(**options, clip_sample=False)
+    return DPMSolverMultistepScheduler(**options, algorithm_type="dpmsolver++")
+
+
+def common_noise(num_draws: int, cond_dim: int, seed: int) -> Float[Tensor, "draws cond_dim"]:
+    """Starting noise of every user's draws."""
+    return torch.randn(num_draws, cond_dim, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def generate(
+    denoiser: nn.Module,
+    conditions: Float[Tensor, "batch cond_dim"],
+    noise: Float[Tensor, "draws cond_dim"],
+    config: DiffusionConfig,
+) -> Float[Tensor, "batch draws cond_dim"]:
+    """Generated vectors: `sampling_steps` denoiser calls (twice as many with guidance) for all draws at once."""
+    scheduler = make_scheduler(config)
+    scheduler.set_timesteps(config.sampling_steps)
+    sample = noise.to(conditions.device).expand(len(conditions), -1, -1).contiguous()
+    shared = conditions[:, None].expand(-1, len(noise), -1)
+    nobody = torch.ones(sample.shape[:2], dtype=torch.bool, device=sample.device)
+    for timestep in scheduler.timesteps:
+        timesteps = torch.full(sample.shape[:2], int(timestep), device=sample.device)
+        output = denoiser(sample, timesteps, shared)
+        if config.guidance != 1.0:
+            without = denoiser(sample, timesteps, shared, nobody)
+            output = without + config.guidance * (output - without)
+        sample = scheduler.step(output, timestep, sample).prev_sample
+    return sample
+
+
+def error_probes(
+    config: DiffusionConfig, cond_dim: int, seed: int
+) -> tuple[Int[Tensor, "evaluations"], Float[Tensor, "evaluations cond_dim"]]:
+    """Timesteps spread evenly over the chain (ends left out) and one noise each, common to all candidates."""
+    count = config.error_evaluations
+    timesteps = ((torch.arange(count) + 0.5) / count * config.num_train_timesteps).long()
+    return timesteps, common_noise(count, cond_dim, seed + 1)
+
+
+@torch.inference_mode()
+def denoising_errors(
+    denoiser: nn.Module,
+    conditions: Float[Tensor, "batch cond_dim"],
+    candidates: Float[Tensor, "batch pool cond_dim"],
+    timesteps: Int[Tensor, "evaluations"],
+    noise: Float[Tensor, "evaluations cond_dim"],
+    config: DiffusionConfig,
+) -> Float[Tensor, "batch pool"]:
+    """`mean over (t, eps) of ||x_0 - x_theta(x_t, t, c)||^2 / cond_dim` of every candidate: low where the density is
+    high, and exactly what the contrastive loss trains."""
+    alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type)
+    total = torch.zeros(candidates.shape[:2], device=candidates.device)
+    shared = conditions[:, None].expand_as(candidates)
+    for timestep, eps in zip(timesteps.tolist(), noise.to(candidates.device), strict=True):
+        alpha = alphas[timestep].to(candidates.device).reshape(1, 1, 1)
+        noisy = add_noise(candidates, eps, alpha)
+        when = torch.full(candidates.shape[:2], timestep, device=candidates.device)
+        output = denoiser(noisy, when, shared)
+        sample = predicted_sample(output, noisy, alpha, config.prediction_type)
+        total += (candidates - sample).square().mean(dim=-1)
+    return total / len(timesteps)

@@ -1,0 +1,134 @@
+"""Train the denoiser with Ray Train from exported preferences."""
+
+from __future__ import annotations
+
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ctd_scale import training
+from ctd_scale.artifacts import Run
+from ctd_scale.batches import Preferences
+from ctd_scale.config import DiffusionConfig, RunConfig
+from ctd_scale.diffusion.denoiser import Denoiser
+from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses, unit_variance
+
+WEIGHTS = "denoiser.safetensors"
+
+
+def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.ndarray) -> None:
+    """preferences, item vectors of models/llm -> models/diffusion (EMA weights of the denoiser)."""
+    llm, preferences = run.fetch("models/llm"), run.fetch("preferences")
+    run.require_made_from(preferences, llm)
+    staged = run.root / ".staging" / "item_vectors.npy"
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    np.save(staged, vectors)
+    export = training.run_training(
+        train_loop,
+        {
+            "config": config.diffusion.model_dump(),
+            "seed": config.seed,
+            "preferences": str(preferences.path),
+            "vectors": str(staged),
+        },
+        run=run,
+        stage="diffusion",
+        key=config_hash,
+        resources=config.resources.diffusion,
+    )
+    inputs = {artifact.name: artifact.digest for artifact in (llm, preferences)}
+    facts = {"cond_dim": int(vectors.shape[1])}
+    with run.publish("models/diffusion", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
+        shutil.copy(export / WEIGHTS, folder / WEIGHTS)
+
+
+def train_loop(arguments: dict[str, Any]) -> None:
+    """One worker: its rows of every global batch; the order of rows is a function of (seed, epoch)."""
+    config, seed = DiffusionConfig.model_validate(arguments["config"]), int(arguments["seed"])
+    device = training.prepare_worker(arguments, seed)
+    data = Preferences.load(Path(arguments["preferences"]), "train")
+    conditions = unit_variance(torch.tensor(data.vectors)).to(device)
+    targets = torch.tensor(data.targets, dtype=torch.long)
+    vectors = unit_variance(torch.tensor(np.load(arguments["vectors"]))).to(device)
+    alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type).to(device)
+
+    model = Denoiser(vectors.shape[1], config.hidden_dim, config.num_blocks, config.dropout).to(device)
+    average = deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    batch_size = min(config.batch_size, len(data))
+    steps_per_epoch = len(data) // batch_size
+    total_steps = config.epochs * steps_per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps, eta_min=config.learning_rate / 50)
+    step = 0
+    with training.latest_checkpoint() as folder:
+        if folder is not None:
+            state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+            model.load_state_dict(state["model"])
+            average.load_state_dict(state["average"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            step = state["step"]
+
+    def write(folder: Path) -> None:
+        parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, folder / "state.pt")
+        (folder / training.EXPORT).mkdir()
+        save_file(average.state_dict(), folder / training.EXPORT / WEIGHTS)
+
+    parallel: nn.Module = DistributedDataParallel(model) if training.world_size() > 1 else model
+    log = training.StepLog(arguments["logs"], total_steps)
+    while step < total_steps:
+        epoch, position = divmod(step, steps_per_epoch)
+        order = np.random.default_rng((seed, 20, epoch)).permutation(len(data))
+        rows = torch.from_numpy(order[position * batch_size : (position + 1) * batch_size])
+        # Everything random of a step is drawn for the global batch, then cut: N workers see what one would.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        draws = {
+            "timesteps": torch.randint(config.num_train_timesteps, (batch_size,), generator=generator),
+            "noise": torch.randn(batch_size, vectors.shape[1], generator=generator),
+            "dropped": torch.rand(batch_size, generator=generator) < config.condition_dropout,
+        }
+        negative_rows = torch.randint(len(vectors) - 1, (batch_size, config.num_negatives), generator=generator)
+        negative_rows += negative_rows >= targets[rows][:, None]  # uniform over all items but the target
+        mine = slice(training.rank(), None, training.world_size())
+        torch.manual_seed(seed * 1_000_003 + step)  # dropout
+        losses = diffusion_losses(
+            parallel,
+            condition=conditions[rows[mine]],
+            positive=vectors[targets[rows[mine]]],
+            negatives=vectors[negative_rows[mine]],
+            **{name: values[mine].to(device) for name, values in draws.items()},
+            alphas=alphas,
+            prediction_type=config.prediction_type,
+            temperature=config.temperature,
+        )
+        loss = (
+            config.denoising_weight * losses.denoising
+            + config.contrastive_weight * losses.contrastive
+            + config.recommendation_weight * losses.recommendation
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        step += 1
+        update_average(average, model, min(config.ema_decay, step / (step + 10)))
+        log.step(step, {"loss": loss.detach(), **{name: term.detach() for name, term in losses._asdict().items()}})
+        if step % config.checkpoint_every_steps == 0 and step < total_steps:
+            training.report_checkpoint({"step": step, "loss": loss.item()}, write)
+    training.report_checkpoint({"step": step}, write)
+    log.close()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Exponential moving average of the weights; the decay grows from 0 so that the start is forgotten."""
+    for mean, current in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(current, 1.0 - decay)

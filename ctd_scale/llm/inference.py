@@ -1,0 +1,118 @@
+"""The preference step: histories in, preference vectors and texts out. Needs no DeepSpeed, no checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int32
+from numpy import ndarray
+
+from ctd_scale.batches import Catalogue, NodeArrays
+from ctd_scale.config import LLMConfig
+from ctd_scale.llm.backbone import load_text_tokenizer
+from ctd_scale.llm.collator import Collator, Row
+from ctd_scale.llm.prompts import make_prompts
+from ctd_scale.llm.train import DTYPES
+from ctd_scale.llm.weights import BACKBONE, load_model
+
+
+class PreferenceModel:
+    """A published preference model on one device."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokens: NodeArrays,
+        catalogue: Catalogue,
+        config: LLMConfig,
+        device: torch.device | None = None,
+    ) -> None:
+        self.config = config
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(folder, DTYPES[config.dtype]).to(self.device)
+        self.text_tokenizer = load_text_tokenizer(folder / BACKBONE)
+        prompts = make_prompts(self.text_tokenizer, catalogue, config.max_title_tokens)
+        self.collator = Collator(prompts, tokens.items, tokens.users if config.use_user_tokens else None)
+
+    @property
+    def cond_dim(self) -> int:
+        return int(self.model.head.vectors.shape[1])
+
+    def __call__(
+        self, histories: Sequence[Int32[ndarray, "_"]], users: Sequence[int] | None = None
+    ) -> Float32[ndarray, "batch cond_dim"]:
+        """The preference after each history (its latest `max_history` items), in the order given.
+
+        An empty history is a ValueError: there is nothing to read a preference after.
+        """
+        rows = self._rows(histories, users)
+        return np.concatenate(self.prefix_preferences(rows)) if rows else np.zeros((0, self.cond_dim), np.float32)
+
+    @torch.inference_mode()
+    def prefix_preferences(self, rows: Sequence[Row]) -> list[Float32[ndarray, "supervised cond_dim"]]:
+        """Preferences at every supervised position of each row, in the order given."""
+        outcome: list[ndarray] = [np.zeros(0)] * len(rows)
+        for index in self._buckets(rows):
+            batch = self.collator([rows[i] for i in index]).to(self.device)
+            vectors = self.model.preferences(batch).cpu().numpy()
+            cuts = np.cumsum([len(rows[i].targets) for i in index])[:-1]
+            for i, part in zip(index, np.split(vectors, cuts), strict=True):
+                outcome[i] = part
+        return outcome
+
+    @torch.inference_mode()
+    def texts(
+        self, histories: Sequence[Int32[ndarray, "_"]], users: Sequence[int] | None = None
+    ) -> list[str]:
+        """What the LM says the user wants, decoded greedily."""
+        rows = self._rows(histories, users)
+        outcome = [""] * len(rows)
+        for index in self._buckets(rows):
+            embedded, mask = self._left_padded([rows[i] for i in index])
+            generated = self.model.lm.generate(
+                inputs_embeds=embedded,
+                attention_mask=mask,
+                max_new_tokens=self.config.max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.collator.prompts.pad_id,
+                eos_token_id=self.collator.prompts.eos_id,
+            )
+            for i, text in zip(index, self.text_tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
+                outcome[i] = " ".join(text.split())
+        return outcome
+
+    def _rows(self, histories: Sequence[ndarray], users: Sequence[int] | None) -> list[Row]:
+        for index, history in enumerate(histories):
+            if len(history) == 0:
+                raise ValueError(f"history {index} is empty; a preference needs at least one item")
+        known = users if users is not None else [-1] * len(histories)
+        unknown_target = np.zeros(1, np.int64)
+        return [
+            Row(np.asarray(history[-self.config.max_history :]), unknown_target, user=user)
+            for history, user in zip(histories, known, strict=True)
+        ]
+
+    def _buckets(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+        """Row numbers in batches of like length."""
+        order = np.argsort(self.collator.sizes(rows), kind="stable").tolist() if rows else []
+        for start in range(0, len(order), self.config.inference_batch):
+            yield order[start : start + self.config.inference_batch]
+
+    def _left_padded(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedded prompts with the answer's tail, moved so that all end in the same column."""
+        batch = self.collator(rows).to(self.device)
+        embedded = self.model.embed(batch)
+        tail_ids = torch.tensor(self.collator.prompts.tail, dtype=torch.long, device=self.device)
+        tail = self.model.lm.get_input_embeddings()(tail_ids)
+        sizes = self.collator.sizes(rows).tolist()
+        longest = max(sizes) + len(tail)
+        moved = embedded.new_zeros(len(rows), longest, embedded.shape[2])
+        mask = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+        for index, size in enumerate(sizes):
+            moved[index, longest - len(tail) - size : longest - len(tail)] = embedded[index, :size]
+            moved[index, longest - len(tail) :] = tail
+            mask[index, longest - len(tail) - size :] = 1
+        return moved, mask
