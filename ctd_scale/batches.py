@@ -19,7 +19,7 @@ Each class knows how to write itself into an artifact's folder and read itself b
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -186,28 +186,28 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How the final list is made; weights chosen on the validation split.
+    """How candidates are scored, in units of a cosine; weights chosen on the validation split.
 
-    `mode` is the denoiser's contribution to the full chain: `draws` (log-sum-exp over many generated vectors)
-    or `error` (noise-prediction error of the candidates). A weight multiplies that term next to the preference's
-    cosine. `pi` is the text factor.
+    score = preference * cos(c, q) + draws * g - error * (d - mean d), then the text factor (1 + pi * match), with
+    g = tau * (log-sum-exp over draws of cos(y, q) / tau - log S) and d the denoiser's error.
     """
 
-    mode: Literal["draws", "error"]
-    draws_weight: float
-    error_weight: float
-    pi: float
+    preference: float
+    draws: float
+    error: float
+    pi: float = 0.0
 
-    @property
-    def weight(self) -> float:
-        return self.draws_weight if self.mode == "draws" else self.error_weight
 
-    def save(self, folder: Path) -> None:
-        (folder / "ranking.json").write_text(json.dumps(self.__dict__, indent=2) + "\n")
+def save_rankings(rankings: dict[str, Ranking], folder: Path) -> None:
+    """Named rankings as ranking.json."""
+    text = json.dumps({name: asdict(ranking) for name, ranking in rankings.items()}, indent=2)
+    (folder / "ranking.json").write_text(text + "\n")
 
-    @classmethod
-    def load(cls, folder: Path) -> Ranking:
-        return cls(**json.loads((folder / "ranking.json").read_text()))
+
+def load_rankings(folder: Path) -> dict[str, Ranking]:
+    """What `save_rankings` wrote."""
+    stored = json.loads((folder / "ranking.json").read_text())
+    return {name: Ranking(**values) for name, values in stored.items()}
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -166,8 +166,6 @@ class RetrievalConfig(Section):
     exact_limit: Positive = Field(50_000, description="exact search up to this many items, ScaNN above")
     target_recall: Fraction = 0.95
     text_candidates: Positive = Field(20, description="size of the match set of a text")
-    pi: NotNegative = 0.1
-    mask_seen: bool = True
 
 
 class EvaluationConfig(Section):
@@ -176,9 +174,14 @@ class EvaluationConfig(Section):
     mask_seen: bool = True
     report_unmasked: bool = Field(False, description="also write the table with seen items kept")
     chunk_users: Positive = 256
-    fusion_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
-        0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0,
+    calibration_users: Positive = Field(5000, description="validation users that choose the fusion weights")
+    draws_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
+        0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0,
     )  # fmt: skip
+    error_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
+        0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0,
+    )  # fmt: skip
+    text_factors: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 
 class ServingConfig(Section):

@@ -1,0 +1,175 @@
+"""Raw files become the `interactions` artifact: Ray Data reads and checks, the driver sorts and indexes.
+
+Every refused row goes to a quarantine table with its file, row and reason; too many of them stop the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ctd_scale.artifacts import Run, file_digest
+from ctd_scale.batches import MIN_SPLIT_LENGTH, write_table
+from ctd_scale.config import InteractionsConfig
+from ctd_scale.interactions.checking import read_catalogue, read_interactions
+from ctd_scale.interactions.quarantine import (
+    QUARANTINE,
+    count_reasons,
+    keep_quarantine,
+    label_paths,
+    list_reasons,
+    quarantine_rows,
+    refuse_too_many,
+)
+from ctd_scale.interactions.schema import DUPLICATE, BadInputError, clean_titles
+from ctd_scale.interactions.sequences import Sequences, build_sequences
+from ctd_scale.interactions.sources import find_source, resolve_columns
+from ctd_scale.training import console, start_ray
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What was read, what was left out and why, and what was published."""
+
+    dataset: str
+    rows: int
+    item_rows: int
+    quarantined: dict[str, int]
+    core_interactions: int
+    core_users: int
+    core_items: int
+    titles_cut: int
+    titles_missing: int
+    users: int
+    items: int
+    interactions: int
+    split_users: int
+
+
+def input_digests(config: InteractionsConfig) -> dict[str, str]:
+    """sha256 of every raw file, by its name below the folder that all of them share.
+
+    Raises BadInputError where a file is missing.
+    """
+    source = find_source(config)
+    paths = [*source.interactions, *source.items]
+    return dict(zip(label_paths(paths), map(_digest, paths), strict=True))
+
+
+def prepare_interactions(config: InteractionsConfig, run: Run, config_hash: str) -> PrepareReport:
+    """Read, check, split and publish `interactions`: an InteractionLog and quarantine.parquet.
+
+    Raises BadInputError, with nothing published: files or columns missing, files empty or damaged, more bad
+    rows than `max_bad_fraction`, or nothing left to learn from. The quarantine is then in the run's folder.
+    """
+    source = find_source(config)
+    columns = resolve_columns(source)
+    labels = label_paths([*source.interactions, *source.items])
+    inputs = input_digests(config)
+    kept_at = run.root / QUARANTINE
+    kept_at.unlink(missing_ok=True)
+
+    items = read_catalogue(source.items, {name: columns[name] for name in ("item", "title", "category")})
+    bad_items = quarantine_rows(
+        items.filter(pc.is_valid(items["reason"])), labels[len(source.interactions) :]
+    )
+    refuse_too_many(bad_items, len(items), source.items, config.max_bad_fraction, kept_at)
+    good_items = items.filter(pc.is_null(items["reason"]))
+    catalogue, titles_cut, titles_missing = clean_titles(good_items, config.max_title_chars)
+
+    start_ray()
+    rows = read_interactions(source.interactions, columns, catalogue["item_id"].combine_chunks())
+    bad_rows = quarantine_rows(rows.filter(pc.is_valid(rows["reason"])), labels)
+    refuse_too_many(bad_rows, len(rows), source.interactions, config.max_bad_fraction, kept_at)
+    good = rows.filter(pc.is_null(rows["reason"]))
+    made = build_sequences(
+        good,
+        catalogue,
+        duplicates=config.duplicates,
+        min_user_interactions=config.min_user_interactions,
+        min_item_interactions=config.min_item_interactions,
+    )
+    repeated = good.filter(pa.array(made.duplicates)).drop_columns("reason")
+    repeated = repeated.append_column("reason", pa.repeat(pa.scalar(DUPLICATE), len(repeated)))
+    quarantine = pa.concat_tables([bad_items, bad_rows, quarantine_rows(repeated, labels)])
+    keep_quarantine(quarantine, kept_at)
+    _require_something_left(made, good, config)
+
+    report = PrepareReport(
+        dataset=config.dataset,
+        rows=len(rows),
+        item_rows=len(items),
+        quarantined=count_reasons(quarantine),
+        core_interactions=made.core_interactions,
+        core_users=made.core_users,
+        core_items=made.core_items,
+        titles_cut=titles_cut,
+        titles_missing=titles_missing,
+        users=made.log.num_users,
+        items=made.log.num_items,
+        interactions=len(made.log.items),
+        split_users=len(made.log.split_users()),
+    )
+    with run.publish("interactions", config_hash=config_hash, inputs=inputs, facts=asdict(report)) as folder:
+        made.log.save(folder)
+        write_table(quarantine, folder / QUARANTINE)
+    kept_at.unlink()
+    _show(report, config)
+    return report
+
+
+def _require_something_left(made: Sequences, good: pa.Table, config: InteractionsConfig) -> None:
+    log = made.log
+    if not len(log.items):
+        users, items = (pc.count_distinct(good[name]).as_py() for name in ("user_id", "item_id"))
+        raise BadInputError(
+            f"no interactions are left: {len(good):,} good rows of {users:,} users and {items:,} items have "
+            f"no core with interactions.min_user_interactions={config.min_user_interactions} and "
+            f"interactions.min_item_interactions={config.min_item_interactions}; lower these or give more"
+        )
+    if not len(log.split_users()):
+        raise BadInputError(
+            f"none of {log.num_users:,} users has {MIN_SPLIT_LENGTH} interactions (the most is "
+            f"{int(np.diff(log.offsets).max())}), so there is nothing to hold out; give longer histories"
+        )
+
+
+def _digest(path: str) -> str:
+    if "://" not in path:
+        return file_digest(Path(path))
+    sha = hashlib.sha256()
+    with fsspec.open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _show(report: PrepareReport, config: InteractionsConfig) -> None:
+    bad = sum(report.quarantined.values())
+    lines = [
+        f"{report.rows:,} interaction rows and {report.item_rows:,} item rows read, {bad:,} quarantined"
+        + (f" ({list_reasons(report.quarantined)})" if bad else ""),
+    ]
+    if report.core_interactions or report.core_items:
+        lines.append(
+            f"k-core removed {report.core_interactions:,} interactions, {report.core_users:,} users and "
+            f"{report.core_items:,} items"
+        )
+    if report.titles_missing:
+        lines.append(f"{report.titles_missing:,} items have no title: their category or id stands in")
+    if report.titles_cut:
+        lines.append(
+            f"{report.titles_cut:,} titles cut to interactions.max_title_chars={config.max_title_chars}"
+        )
+    lines.append(
+        f"{report.users:,} users, {report.items:,} items, {report.interactions:,} interactions; "
+        f"{report.split_users:,} users have a validation and a test target"
+    )
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,226 @@
+"""The whole chain in one process: preference, denoise, retrieve.
+
+`Recommender.recommend` and the served endpoint make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int32
+from numpy import ndarray
+
+from ctd_scale.artifacts import Artifact, Run
+from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Ranking, load_rankings
+from ctd_scale.config import RunConfig
+from ctd_scale.diffusion.inference import DensityModel
+from ctd_scale.llm.inference import PreferenceModel
+from ctd_scale.retrieval.build import load_index
+from ctd_scale.retrieval.hybrid import HybridRetriever
+
+# What the chain needs, checked against each other when it is loaded.
+ARTIFACTS = ("interactions", "tokens", "models/llm", "models/diffusion", "index", "ranking")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Candidates of a batch of users with what is known of them before the denoiser's error."""
+
+    ids: Int32[ndarray, "batch pool"]
+    cosines: Float32[ndarray, "batch pool"]
+    draw_scores: Float32[ndarray, "batch pool"]
+    vectors: Float32[ndarray, "batch pool cond_dim"]
+    matches: list[Int32[ndarray, "_"]]
+    excluded: list[Int32[ndarray, "_"]]
+    preferences: Float32[ndarray, "batch cond_dim"]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One user's answer: item indices, best first, their scores, and what the LLM said ('' unless asked)."""
+
+    items: list[int]
+    scores: list[float]
+    text: str
+
+
+class RetrieveStep:
+    """Candidates around the preference and the draws, and their final order."""
+
+    def __init__(self, retriever: HybridRetriever, config: RunConfig) -> None:
+        self.retriever = retriever
+        self._tau = config.diffusion.draw_temperature
+        self._candidates = config.diffusion.error_candidates
+        self._text_candidates = config.retrieval.text_candidates
+
+    def pool(
+        self,
+        preferences: Float32[ndarray, "batch cond_dim"],
+        draws: Float32[ndarray, "batch draws cond_dim"],
+        texts: list[str],
+        excluded: list[Int32[ndarray, "_"]],
+    ) -> Pool:
+        """Union of the neighbours of the preference, of every draw, and of the text's matches."""
+        matches = self.retriever.matches(texts, self._text_candidates)
+        nothing: list[ndarray] = [np.zeros(0, np.int32)] * len(texts)
+        near = self.retriever.pool(preferences[:, None], matches, excluded, self._candidates)
+        per_draw = max(1, self._candidates // draws.shape[1])
+        drawn = self.retriever.pool(draws, nothing, excluded, per_draw)
+        ids = _union(near, drawn)
+        cosines = self.retriever.cosines(preferences[:, None], ids)[:, 0]
+        return Pool(
+            ids=ids,
+            cosines=cosines,
+            draw_scores=density_of_draws(self.retriever.cosines(draws, ids), self._tau),
+            vectors=self.retriever.vectors[np.maximum(ids, 0)],
+            matches=matches,
+            excluded=excluded,
+            preferences=preferences,
+        )
+
+    def rank(
+        self, pool: Pool, errors: Float32[ndarray, "batch pool"] | None, ranking: Ranking, k: int
+    ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
+        """The k best: the pool by its fused score, then, where k is larger, the rest by the preference.
+
+        The list for k is a prefix of the list for any larger k. Padded with -1 / -inf where fewer items exist.
+        """
+        scores = fused_scores(pool, errors, ranking)
+        retriever = HybridRetriever(self.retriever.vectors, self.retriever.dense, self.retriever.text, ranking.pi)
+        width = min(k, pool.ids.shape[1])
+        ids, best = retriever.rank(pool.ids, scores, pool.matches, width)
+        if k <= width and (ids >= 0).all():
+            return ids, best
+        return self._with_tail(ids, best, pool, k)
+
+    def _with_tail(
+        self, ids: Int32[ndarray, "batch width"], scores: Float32[ndarray, "batch width"], pool: Pool, k: int
+    ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
+        known = [np.concatenate([out, row[row >= 0]]) for out, row in zip(pool.excluded, pool.ids, strict=True)]
+        nothing: list[ndarray] = [np.zeros(0, np.int32)] * len(ids)
+        tail_ids, tail = self.retriever.search(pool.preferences, nothing, known, k)
+        floor = np.where(ids >= 0, scores, np.inf).min(axis=1, keepdims=True)
+        merged_ids = np.concatenate([ids, tail_ids], axis=1)
+        merged = np.concatenate([scores, np.minimum(tail, floor)], axis=1)
+        order = np.argsort(merged_ids < 0, axis=1, kind="stable")[:, :k]  # real ones first, order kept
+        return np.take_along_axis(merged_ids, order, 1), np.take_along_axis(merged, order, 1)
+
+
+def density_of_draws(
+    cosines: Float32[ndarray, "batch draws pool"], tau: float
+) -> Float32[ndarray, "batch pool"]:
+    """`tau * (log-sum-exp over draws of cos / tau - log S)`: a soft maximum, in units of a cosine."""
+    peak = cosines.max(axis=1, keepdims=True)
+    safe = np.where(np.isfinite(peak), peak, 0.0)
+    total = np.exp((cosines - safe) / tau).mean(axis=1)
+    with np.errstate(divide="ignore"):
+        return np.asarray((safe[:, 0] + tau * np.log(total)).astype(np.float32))
+
+
+def fused_scores(
+    pool: Pool, errors: Float32[ndarray, "batch pool"] | None, ranking: Ranking
+) -> Float32[ndarray, "batch pool"]:
+    """The weighted terms of `Ranking`; -inf at padding."""
+    real = pool.ids >= 0
+    scores = np.zeros(pool.ids.shape, np.float32)
+    if ranking.preference:
+        scores += np.float32(ranking.preference) * np.where(real, pool.cosines, 0)
+    if ranking.draws:
+        scores += np.float32(ranking.draws) * np.where(real, pool.draw_scores, 0)
+    if ranking.error:
+        if errors is None:
+            raise ValueError("this ranking weighs the denoiser's error, but no errors were given")
+        centre = np.where(real, errors, 0).sum(1, keepdims=True) / np.maximum(real.sum(1, keepdims=True), 1)
+        scores -= np.float32(ranking.error) * np.where(real, errors - centre, 0)
+    return np.where(real, scores, np.float32(-np.inf))
+
+
+class Recommender:
+    """The three steps, loaded from one run's artifacts."""
+
+    def __init__(self, run: Run) -> None:
+        artifacts = load_artifacts(run)
+        self.config = run.read_config()
+        self.log = InteractionLog.load(artifacts["interactions"].path)
+        self.version = artifacts["ranking"].digest[:12]
+        self.preference = load_preference(artifacts, self.config)
+        self.density = load_density(artifacts, self.config)
+        self.retrieve = load_retrieve(artifacts, self.config)
+        self.ranking = load_rankings(artifacts["ranking"].path)["full_text"]
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return self.log.catalogue
+
+    def recommend(
+        self,
+        histories: Sequence[Int32[ndarray, "_"]],
+        k: int,
+        *,
+        exclude_seen: bool = True,
+        explain: bool = False,
+    ) -> list[Recommendation]:
+        """The k best items after each history, oldest item first. With `explain` the LLM also writes a text, and
+        items that agree with it gain."""
+        if k < 1:
+            raise ValueError(f"k={k}, expected at least 1")
+        if not histories:
+            return []
+        preferences = self.preference(histories)
+        texts = self.preference.texts(histories) if explain else [""] * len(histories)
+        draws = self.density.draws(preferences)
+        pool = self.retrieve.pool(preferences, draws, texts, excluded_items(histories, exclude_seen))
+        errors = self.density.errors(preferences, pool.vectors) if self.ranking.error else None
+        ids, scores = self.retrieve.rank(pool, errors, self.ranking, k)
+        return answers(ids, scores, texts)
+
+
+def excluded_items(histories: Sequence[ndarray], exclude_seen: bool) -> list[ndarray]:
+    """What may not come back for each history."""
+    return [np.unique(history) if exclude_seen else np.zeros(0, np.int32) for history in histories]
+
+
+def answers(ids: ndarray, scores: ndarray, texts: list[str]) -> list[Recommendation]:
+    """Rows without their padding."""
+    return [
+        Recommendation(row[row >= 0].tolist(), values[row >= 0].tolist(), text)
+        for row, values, text in zip(ids, scores, texts, strict=True)
+    ]
+
+
+def load_artifacts(run: Run) -> dict[str, Artifact]:
+    """Everything a recommendation needs, verified, and refused where one was made from another version of another."""
+    found = {name: run.fetch(name) for name in ARTIFACTS}
+    for name, artifact in found.items():
+        run.require_made_from(artifact, *(other for other in found.values() if other.name != name))
+    return found
+
+
+def load_preference(artifacts: dict[str, Artifact], config: RunConfig) -> PreferenceModel:
+    catalogue = InteractionLog.load(artifacts["interactions"].path).catalogue
+    tokens = NodeArrays.load(artifacts["tokens"].path)
+    return PreferenceModel(artifacts["models/llm"].path, tokens, catalogue, config.llm)
+
+
+def load_density(artifacts: dict[str, Artifact], config: RunConfig) -> DensityModel:
+    return DensityModel(artifacts["models/diffusion"].path, config.llm.preference_dim, config.diffusion, config.seed)
+
+
+def load_retrieve(artifacts: dict[str, Artifact], config: RunConfig) -> RetrieveStep:
+    items = int(artifacts["index"].manifest["facts"]["items"])
+    return RetrieveStep(load_index(artifacts["index"].path, items, pi=0.0), config)
+
+
+def _union(
+    left: Int32[ndarray, "batch left"], right: Int32[ndarray, "batch right"]
+) -> Int32[ndarray, "batch union"]:
+    """Per row, each id of both once, ascending, padded with -1."""
+    both = np.sort(np.concatenate([left, right], axis=1), axis=1)
+    repeated = np.zeros(both.shape, bool)
+    repeated[:, 1:] = both[:, 1:] == both[:, :-1]
+    both = np.where(repeated, -1, both)
+    order = np.argsort(both < 0, axis=1, kind="stable")
+    width = max(1, int((both >= 0).sum(axis=1).max(initial=0)))
+    return np.take_along_axis(both, order, axis=1)[:, :width]
