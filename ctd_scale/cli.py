@@ -1,0 +1,245 @@
+"""`ctd`: the command line. Every option that is not about where things lie is a config key (`--set`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctd_scale.artifacts import Run
+from ctd_scale.config import RunConfig, load_config
+from ctd_scale.training import TrainingError, console
+
+app = typer.Typer(
+    help="Generative recommendation with continuous-token diffusion.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigOption = Annotated[str, typer.Option("--config", "-c", help="TOML file, or a shipped name such as ml100k")]
+StorageOption = Annotated[str, typer.Option(help="folder or fsspec URL that holds the runs")]
+NameOption = Annotated[str, typer.Option(help="the run's name within the storage")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="stage.key=value, repeatable")]
+DatasetOption = Annotated[str | None, typer.Option(help="ready-made set: ml-100k, software, beauty, lastfm")]
+DataDirOption = Annotated[str | None, typer.Option(help="folder of the ready-made sets (env CTD_DATA_DIR)")]
+InteractionsOption = Annotated[str | None, typer.Option(help="your log: Parquet, CSV or JSONL")]
+ItemsOption = Annotated[str | None, typer.Option(help="your catalogue: Parquet, CSV or JSONL")]
+RunOption = Annotated[str, typer.Option("--run", help="folder or URL of a finished run")]
+
+STAGE_ALIASES = {
+    "interactions": "prepare_interactions",
+    "graph": "train_graph",
+    "tokenizer": "train_tokenizer",
+    "llm": "train_llm",
+    "preferences": "export_preferences",
+    "diffusion": "train_diffusion",
+    "index": "build_index",
+    "ranking": "calibrate_ranking",
+}
+
+
+def configured(
+    config: str | None,
+    overrides: Sequence[str] | None,
+    dataset: str | None,
+    data_dir: str | None,
+    interactions: str | None,
+    items: str | None,
+) -> RunConfig:
+    """The config file with the command line on top of it."""
+    sources = {"data_dir": data_dir, "interactions": interactions, "items": items}
+    chosen = [f"interactions.{key}={json.dumps(value)}" for key, value in sources.items() if value is not None]
+    if dataset is not None:
+        chosen.append(f"interactions.dataset={dataset}")
+    elif interactions is not None or items is not None:
+        chosen.append("interactions.dataset=files")
+    return load_config(config, [*chosen, *(overrides or ())])
+
+
+@app.command("run")
+def run_command(
+    config: ConfigOption,
+    storage: StorageOption = "runs",
+    name: NameOption = "",
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    interactions: InteractionsOption = None,
+    items: ItemsOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Run or resume the whole chain; stages whose inputs did not change are skipped."""
+    settings = configured(config, overrides, dataset, data_dir, interactions, items)
+    run = Run(storage, name or Path(config).stem)
+    _run_all(run, settings)
+
+
+@app.command()
+def quickstart(
+    storage: StorageOption = "runs",
+    name: NameOption = "quickstart",
+    config: ConfigOption = "quickstart",
+    data_dir: DataDirOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """The whole chain on MovieLens-100k in minutes, and what it recommends to three users."""
+    settings = configured(config, overrides, None, data_dir, None, None)
+    run = Run(storage, name)
+    _run_all(run, settings)
+    show_examples(run, users=3)
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="graph, tokenizer, llm, diffusion, ... or a job's name")],
+    config: ConfigOption,
+    storage: StorageOption = "runs",
+    name: NameOption = "",
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    interactions: InteractionsOption = None,
+    items: ItemsOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Run or resume one stage; what it reads must be published."""
+    from ctd_scale.pipeline import run_stage, stage_named
+
+    settings = configured(config, overrides, dataset, data_dir, interactions, items)
+    run = Run(storage, name or Path(config).stem)
+    run.write_config(settings)
+    run_stage(stage_named(STAGE_ALIASES.get(stage, stage)), run, settings)
+
+
+@app.command("evaluate")
+def evaluate_command(run: RunOption, overrides: SetOption = None) -> None:
+    """Rank the withheld items of a run again and print the table."""
+    from ctd_scale.evaluate import print_report, read_reports
+    from ctd_scale.pipeline import run_stage, stage_named
+
+    opened = Run.open(run)
+    settings = load_config(opened.root / "run.toml", overrides or ())
+    run_stage(stage_named("calibrate_ranking"), opened, settings)
+    run_stage(stage_named("evaluate"), opened, settings)
+    for report in read_reports(opened):
+        print_report(report)
+
+
+@app.command()
+def recommend(
+    run: RunOption,
+    user: Annotated[str | None, typer.Option(help="a user id of the log")] = None,
+    history: Annotated[str | None, typer.Option(help="item ids, oldest first, separated by commas")] = None,
+    k: Annotated[int, typer.Option(help="how many items")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="print the endpoint's answer")] = False,
+    explain: Annotated[bool, typer.Option(help="let the LLM say what the user wants")] = False,
+    exclude_seen: Annotated[bool, typer.Option(help="leave out what is in the history")] = True,
+) -> None:
+    """Recommend for a known user, or after a history."""
+    from ctd_scale.recommender import Recommender
+    from ctd_scale.serving.schema import Directory, response_object
+
+    if k < 1:
+        raise ValueError(f"--k {k}: expected at least 1")
+    recommender = Recommender(Run.open(run))
+    items = history.split(",") if history is not None else None
+    resolved = Directory(recommender.log).history(user_id=user, history=items)
+    (answer,) = recommender.recommend([resolved], k, exclude_seen=exclude_seen, explain=explain)
+    response = response_object(recommender.version, answer, recommender.catalogue)
+    if as_json:
+        print(json.dumps(response, ensure_ascii=False))
+        return
+    if response["text"]:
+        console.print(response["text"], style="italic", highlight=False, markup=False)
+    for place, item in enumerate(response["items"], start=1):
+        console.print(f"{place:3}. {item['title']}  [{item['item_id']}]  {item['score']:.4f}", highlight=False, markup=False)
+
+
+@app.command()
+def serve(
+    run: RunOption,
+    host: Annotated[str | None, typer.Option(help="default: serving.host, 127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="default: serving.port, 8000; 0 = any free one")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Serve a run over HTTP: POST /v1/recommend, GET /healthz, /docs."""
+    from ctd_scale.serving.app import serve_run
+
+    opened = Run.open(run)
+    settings = load_config(opened.root / "run.toml", overrides or ())
+    serve_run(
+        opened,
+        settings,
+        host=settings.serving.host if host is None else host,
+        port=settings.serving.port if port is None else port,
+    )
+
+
+@app.command()
+def data(
+    storage: StorageOption = "runs",
+    name: NameOption = "data",
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    interactions: InteractionsOption = None,
+    items: ItemsOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Read, check and split a log without training anything: bad rows are named and quarantined."""
+    from ctd_scale.pipeline import run_stage, stage_named
+
+    if dataset is None and interactions is None and items is None:
+        dataset = "ml-100k"
+    settings = configured(None, overrides, dataset, data_dir, interactions, items)
+    run = Run(storage, name)
+    run.write_config(settings)
+    run_stage(stage_named("prepare_interactions"), run, settings)
+    facts = run.fetch("interactions").manifest["facts"]
+    console.print_json(json.dumps(facts))
+
+
+def _run_all(run: Run, settings: RunConfig) -> None:
+    from ctd_scale.evaluate import print_report, read_reports
+    from ctd_scale.pipeline import run_pipeline
+
+    console.print(f"run [bold]{run.url}[/], seed {settings.seed}", highlight=False)
+    run_pipeline(run, settings)
+    for report in read_reports(run):
+        print_report(report)
+    for name in ("run.toml", "metrics/", "models/", "embeddings/", "tokens/", "index/", "logs/"):
+        console.print(f"  {run.url}/{name}", highlight=False)
+    console.print(f"serve it:  ctd serve --run {run.url}", highlight=False)
+
+
+def show_examples(run: Run, users: int) -> None:
+    """For some users: the end of their history, what the LLM says, and ten titles."""
+    from ctd_scale.recommender import Recommender
+
+    recommender = Recommender(run)
+    log, titles = recommender.log, recommender.catalogue.titles
+    chosen = log.split_users()[:users]
+    histories = [log.full_history(int(user)) for user in chosen]
+    answers = recommender.recommend(histories, 10, explain=True)
+    for user, history, answer in zip(chosen, histories, answers, strict=True):
+        console.rule(f"user {log.user_ids[user]}", align="left")
+        console.print("chose lately: " + " · ".join(titles[item] for item in history[-5:]), highlight=False, markup=False)
+        console.print(f"the LLM says: {answer.text}", highlight=False, markup=False)
+        for place, item in enumerate(answer.items, start=1):
+            console.print(f"{place:3}. {titles[item]}", highlight=False, markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: an error that a user can mend is one message and exit status 2, never a traceback."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="ctd")
+    except (ValueError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def run_job(stage: str) -> None:
+    """Entry point of `python -m jobs.<stage>`: the stage's name comes from the job."""
+    main(["train", stage, *sys.argv[1:]])

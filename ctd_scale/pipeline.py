@@ -1,0 +1,167 @@
+"""The stages in order: what each reads, what it makes, and when it may be skipped.
+
+A stage is current when its artifacts carry the hash of its configuration and of its inputs' digests, and when no
+byte of them has changed. Anything else is made again; a stage that was interrupted resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.batches import InteractionLog, Preferences
+from ctd_scale.calibrate import calibrate_ranking
+from ctd_scale.config import ConfigError, RunConfig, section_hash
+from ctd_scale.diffusion.train import train_diffusion
+from ctd_scale.evaluate import evaluate
+from ctd_scale.graph.train import train_graph
+from ctd_scale.interactions.prepare import input_digests, prepare_interactions
+from ctd_scale.llm.backbone import backbone_folder, hidden_size
+from ctd_scale.llm.export import export_preferences
+from ctd_scale.llm.train import train_llm
+from ctd_scale.llm.weights import load_vectors
+from ctd_scale.retrieval.build import build_index
+from ctd_scale.tokenizer.train import train_tokenizer
+from ctd_scale.training import console, discard_checkpoints
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the chain. `sections` of the config and `inputs` decide whether it must run."""
+
+    name: str
+    make: Callable[[Run, RunConfig, str], object]
+    sections: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    checkpoints: str = ""
+
+
+def _prepare(run: Run, config: RunConfig, config_hash: str) -> None:
+    prepare_interactions(config.interactions, run, config_hash)
+
+
+def _tokenizer(run: Run, config: RunConfig, config_hash: str) -> None:
+    train_tokenizer(run, config, config_hash, hidden_size(backbone_folder(config.llm)))
+
+
+def _diffusion(run: Run, config: RunConfig, config_hash: str) -> None:
+    train_diffusion(run, config, config_hash, load_vectors(run.fetch("models/llm").path))
+
+
+def _index(run: Run, config: RunConfig, config_hash: str) -> None:
+    interactions, llm = run.fetch("interactions"), run.fetch("models/llm")
+    preferences = run.fetch("preferences")
+    catalogue = InteractionLog.load(interactions.path).catalogue
+    queries = Preferences.load(preferences.path, "validation").vectors
+    facts: dict[str, Any] = {}
+    inputs = {artifact.name: artifact.digest for artifact in (interactions, llm, preferences)}
+    with run.publish("index", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
+        facts.update(
+            build_index(load_vectors(llm.path), catalogue, config.retrieval, folder, config.seed, queries)
+        )
+
+
+STAGES = (
+    Stage("prepare_interactions", _prepare, ("interactions",), (), ("interactions",)),
+    Stage("train_graph", train_graph, ("graph",), ("interactions",), ("graph", "embeddings"), "graph"),
+    Stage(
+        "train_tokenizer", _tokenizer, ("tokenizer",), ("embeddings",), ("models/tokenizer", "tokens"), "tokenizer"
+    ),
+    Stage(
+        "train_llm", train_llm, ("llm",), ("interactions", "embeddings", "tokens"), ("models/llm",), "llm"
+    ),
+    Stage(
+        "export_preferences",
+        export_preferences,
+        ("llm",),
+        ("interactions", "tokens", "models/llm"),
+        ("preferences",),
+    ),
+    Stage(
+        "train_diffusion",
+        _diffusion,
+        ("diffusion",),
+        ("models/llm", "preferences"),
+        ("models/diffusion",),
+        "diffusion",
+    ),
+    Stage("build_index", _index, ("retrieval",), ("interactions", "models/llm", "preferences"), ("index",)),
+    Stage(
+        "calibrate_ranking",
+        calibrate_ranking,
+        ("diffusion", "retrieval", "evaluation"),
+        ("interactions", "models/llm", "preferences", "models/diffusion", "index"),
+        ("ranking",),
+    ),
+    Stage(
+        "evaluate",
+        evaluate,
+        ("diffusion", "retrieval", "evaluation"),
+        ("interactions", "embeddings", "models/llm", "preferences", "models/diffusion", "index", "ranking"),
+        ("metrics",),
+    ),
+)
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name. Raises ConfigError naming all of them."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise ConfigError(f"no stage {name!r}; stages: {', '.join(stage.name for stage in STAGES)}")
+
+
+def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:
+    """What the stage's artifacts depend on: its sections of the config and the content of its inputs.
+
+    Raises ArtifactError where an input is not published.
+    """
+    digests: Mapping[str, str] = {}
+    if stage.name == "prepare_interactions":
+        digests = input_digests(config.interactions)
+    else:
+        digests = {name: run.fetch(name, verify=False).digest for name in stage.inputs}
+    payload = json.dumps([stage.name, section_hash(config, stage.sections), digests], sort_keys=True)
+    return hashlib.sha256(payload.encode()).hexdigest()
+
+
+def is_current(stage: Stage, run: Run, key: str) -> bool:
+    """Whether everything that the stage makes is published, made from this key, and undamaged."""
+    for name in stage.outputs:
+        manifest = run.manifest(name)
+        if manifest is None or manifest["config_hash"] != key:
+            return False
+        try:
+            run.fetch(name)
+        except ArtifactError as error:
+            console.print(f"  {error}", style="yellow", highlight=False)
+            return False
+    return True
+
+
+def run_stage(stage: Stage, run: Run, config: RunConfig) -> bool:
+    """Make what the stage makes, unless it is current. Returns whether it ran."""
+    key = stage_hash(stage, run, config)
+    if is_current(stage, run, key):
+        console.print(f"[green]✓[/] {stage.name} [dim]unchanged[/]")
+        return False
+    console.print(f"[bold]▶ {stage.name}[/]")
+    started = time.perf_counter()
+    stage.make(run, config, key)
+    if stage.checkpoints:
+        discard_checkpoints(run, stage.checkpoints)
+    console.print(f"[green]✓[/] {stage.name} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
+    return True
+
+
+def run_pipeline(run: Run, config: RunConfig) -> None:
+    """All stages, in order."""
+    run.write_config(config)
+    for stage in STAGES:
+        run_stage(stage, run, config)
