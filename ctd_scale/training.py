@@ -49,6 +49,7 @@ def start_ray() -> None:
     # Workers must not print a warning per library; ours are errors or rich output.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **options)
@@ -251,4 +252,4 @@ def _draw_bar(stage: str, file: Path, stop: threading.Event) -> None:
 def _print_lines(stage: str, file: Path, stop: threading.Event) -> None:
     while not stop.wait(15.0):
         if (progress := _read_progress(file)) is not None:
-            console.print(f"  {stage} step {progress['step']}/{progress['total']}  {_describe(progress)}", highlight=False)
+            console.print(f"  {stage} step {progress['step']}/{progress['total']}  {_describe(progress)}", highlight=False, soft_wrap=True)

@@ -76,9 +76,7 @@ def prepare_interactions(config: InteractionsConfig, run: Run, config_hash: str)
     kept_at.unlink(missing_ok=True)
 
     items = read_catalogue(source.items, {name: columns[name] for name in ("item", "title", "category")})
-    bad_items = quarantine_rows(
-        items.filter(pc.is_valid(items["reason"])), labels[len(source.interactions) :]
-    )
+    bad_items = quarantine_rows(items.filter(pc.is_valid(items["reason"])), labels[len(source.interactions) :])
     refuse_too_many(bad_items, len(items), source.items, config.max_bad_fraction, kept_at)
     good_items = items.filter(pc.is_null(items["reason"]))
     catalogue, titles_cut, titles_missing = clean_titles(good_items, config.max_title_chars)
@@ -162,11 +160,9 @@ def _show(report: PrepareReport, config: InteractionsConfig) -> None:
             f"{report.core_items:,} items"
         )
     if report.titles_missing:
-        lines.append(f"{report.titles_missing:,} items have no title: their category or id stands in")
+        lines.append(f"titles missing: {report.titles_missing:,} (the category, or else the id, stands in)")
     if report.titles_cut:
-        lines.append(
-            f"{report.titles_cut:,} titles cut to interactions.max_title_chars={config.max_title_chars}"
-        )
+        lines.append(f"titles cut to interactions.max_title_chars={config.max_title_chars}: {report.titles_cut:,}")
     lines.append(
         f"{report.users:,} users, {report.items:,} items, {report.interactions:,} interactions; "
         f"{report.split_users:,} users have a validation and a test target"

@@ -32,22 +32,18 @@ def quarantine_rows(rows: pa.Table, labels: Sequence[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def refuse_too_many(
-    bad: pa.Table, total: int, paths: Sequence[str], max_bad_fraction: float, kept_at: Path
-) -> None:
+def refuse_too_many(bad: pa.Table, total: int, paths: Sequence[str], max_bad_fraction: float, kept_at: Path) -> None:
     """Raise BadInputError where more than this share of the rows is bad; they are then kept at `kept_at`."""
     if len(bad) / total <= max_bad_fraction:
         return
     keep_quarantine(bad, kept_at)
     lines = [
         f"{list_paths(paths)}: {len(bad):,} of {total:,} rows ({len(bad) / total:.2%}) cannot be used, "
-        f"interactions.max_bad_fraction={max_bad_fraction} allows {int(max_bad_fraction * total):,}",
+        f"interactions.max_bad_fraction={max_bad_fraction} allows {int(max_bad_fraction * total + 1e-6):,}",
         f"  {list_reasons(count_reasons(bad))}",
     ]
     for row in bad.slice(0, SHOWN_BAD_ROWS).to_pylist():
-        known = [
-            f"{name}={row[name]!r:.60}" for name in ("user_id", "item_id", "time") if row[name] is not None
-        ]
+        known = [f"{name}={row[name]!r:.60}" for name in ("user_id", "item_id", "time") if row[name] is not None]
         lines.append(f"  {row['file']}:{row['row']} {row['reason']} {' '.join(known)}".rstrip())
     lines.append(f"  all of them: {kept_at}")
     lines.append("  repair the rows, or leave them out by raising interactions.max_bad_fraction")

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctd_scale.interactions.schema import BadInputError
+from ctd_scale.interactions.schema import BadInputError, as_text
 from ctd_scale.interactions.text_rows import text_batches, text_columns
 
 # .inter and .item are RecBole's tab-separated files, which never quote.
@@ -64,9 +64,7 @@ def expand(pattern: str, key: str) -> list[str]:
     for file in found:
         if _suffix(file) not in FORMATS:
             known = ", ".join(FORMATS)
-            raise BadInputError(
-                f"{key}: {file} has no known suffix; expected one of {known} (text also as .gz)"
-            )
+            raise BadInputError(f"{key}: {file} has no known suffix; expected one of {known} (text also as .gz)")
     return sorted(str(filesystem.unstrip_protocol(file)) if "://" in pattern else file for file in found)
 
 
@@ -114,7 +112,7 @@ def read_piece(piece: Piece, columns: Mapping[str, str]) -> Iterator[pa.RecordBa
     row = piece.first_row
     with _opened(piece.path) as file:
         batches = (
-            _parquet_batches(file, piece.row_group, columns)
+            _parquet_batches(file, piece, columns)
             if kind == "parquet"
             else text_batches(file, kind, columns, BATCH_ROWS)
         )
@@ -124,13 +122,17 @@ def read_piece(piece: Piece, columns: Mapping[str, str]) -> Iterator[pa.RecordBa
             yield batch.append_column("row", numbers)
 
 
-def _parquet_batches(file: Any, row_group: int, columns: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(file: Any, piece: Piece, columns: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
     parquet = pq.ParquetFile(file, page_checksum_verification=True)
     present = [name for name in columns.values() if name in parquet.schema_arrow.names]
-    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[row_group], columns=present):
+    for name in present:
+        try:
+            as_text(pa.array([], parquet.schema_arrow.field(name).type))
+        except BadInputError as error:
+            raise BadInputError(f"{piece.path}, column {name!r}: {error}") from None
+    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[piece.row_group], columns=present):
         arrays = [
-            batch.column(name) if name in present else pa.nulls(len(batch), pa.string())
-            for name in columns.values()
+            batch.column(name) if name in present else pa.nulls(len(batch), pa.string()) for name in columns.values()
         ]
         parsable = pa.repeat(pa.scalar(False), len(batch))
         yield pa.RecordBatch.from_arrays([*arrays, parsable], names=[*columns, "unparsable"])

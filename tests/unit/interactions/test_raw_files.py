@@ -98,9 +98,7 @@ def test_urls_are_read_through_fsspec() -> None:
 
 
 def test_missing_files_and_unknown_suffixes_name_the_config_key(tmp_path: Path) -> None:
-    with pytest.raises(
-        BadInputError, match=r"interactions\.items='.*/none\.csv': no such file, folder or glob"
-    ):
+    with pytest.raises(BadInputError, match=r"interactions\.items='.*/none\.csv': no such file, folder or glob"):
         expand(str(tmp_path / "none.csv"), "interactions.items")
     with pytest.raises(BadInputError, match="no such file, folder or glob"):
         expand(str(tmp_path), "interactions.items")  # an empty folder
@@ -120,9 +118,7 @@ def test_empty_and_damaged_files_are_refused(tmp_path: Path) -> None:
         columns_of(str(text))
     array = tmp_path / "array.json"
     array.write_text('[{"user_id": 1},\n{"user_id": 2}]\n')
-    with pytest.raises(
-        BadInputError, match=r"none of its first lines is a JSON object; write one object per"
-    ):
+    with pytest.raises(BadInputError, match=r"none of its first lines is a JSON object; write one object per"):
         columns_of(str(array))
     packed = write_gzip(tmp_path / "log")
     packed.write_bytes(packed.read_bytes()[:-12])
@@ -150,3 +146,10 @@ def test_a_missing_optional_column_is_null(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "log")
     batch = next(read_piece(pieces_of([str(path)])[0], {**COLUMNS, "rating": "stars"}))
     assert pc.all(pc.is_null(batch["rating"])).as_py()
+
+
+def test_a_nested_column_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"user_id": [{"id": 1}]}), path)
+    with pytest.raises(BadInputError, match=r"/log\.parquet, column 'user_id': struct<.*> is neither text, number"):
+        list(read_piece(pieces_of([str(path)])[0], {"user": "user_id"}))

@@ -63,18 +63,14 @@ def test_own_files_and_their_columns(folder: Path) -> None:
         ({"category_column": "kind"}, r"/items\.csv has no column 'kind'.*interactions\.category_column"),
     ],
 )
-def test_messages_name_the_file_the_column_and_the_key(
-    folder: Path, changes: dict[str, str], message: str
-) -> None:
+def test_messages_name_the_file_the_column_and_the_key(folder: Path, changes: dict[str, str], message: str) -> None:
     with pytest.raises(BadInputError, match=message):
         resolve_columns(find_source(config(folder, **changes)))
 
 
 def test_a_log_without_any_time_is_refused(folder: Path) -> None:
     (folder / "log.csv").write_text("user_id,item_id,when\n1,a,5\n")
-    with pytest.raises(
-        BadInputError, match=r"neither a column 'timestamp' nor 'position'.*interactions\.order_column"
-    ):
+    with pytest.raises(BadInputError, match=r"neither a column 'timestamp' nor 'position'.*interactions\.order_column"):
         resolve_columns(find_source(config(folder)))
 
 
@@ -99,9 +95,7 @@ def test_data_directory_from_config_or_environment(folder: Path, monkeypatch: py
     assert find_source(InteractionsConfig(dataset="lastfm")) == expected
     monkeypatch.chdir(folder.parent)
     assert find_source(InteractionsConfig(dataset="lastfm", data_dir=folder.name)) == expected
-    with pytest.raises(
-        BadInputError, match=r"CTD_DATA_DIR='.*' does not hold beauty: amazon_beauty/interactions"
-    ):
+    with pytest.raises(BadInputError, match=r"CTD_DATA_DIR='.*' does not hold beauty: amazon_beauty/interactions"):
         find_source(InteractionsConfig(dataset="beauty"))
 
 
@@ -150,9 +144,7 @@ def test_a_download_is_converted_once_and_kept(folder: Path, monkeypatch: pytest
 
 def test_a_download_that_is_not_the_published_set_is_refused(folder: Path) -> None:
     publish(folder)
-    with pytest.raises(
-        BadInputError, match=r"\(2, 3, 6\), expected \(1351, 778, 9322\); give a data directory"
-    ):
+    with pytest.raises(BadInputError, match=r"\(2, 3, 6\), expected \(1351, 778, 9322\); give a data directory"):
         find_source(InteractionsConfig(dataset="software"))
     (folder / "remote" / "software" / "test.txt").write_text("<html> not found\n")
     with pytest.raises(BadInputError, match=r"\(0, 0, 0\), expected"):

@@ -27,9 +27,7 @@ def sequences(config: InteractionsConfig) -> Sequences:
     items = read_catalogue(source.items, {name: columns[name] for name in ("item", "title", "category")})
     catalogue, _, missing = clean_titles(items, config.max_title_chars)
     known = catalogue["item_id"].combine_chunks()
-    tables = [
-        table for piece in pieces_of(source.interactions) for table in check_piece(piece, columns, known)
-    ]
+    tables = [table for piece in pieces_of(source.interactions) for table in check_piece(piece, columns, known)]
     rows = pa.concat_tables(tables)
     assert pc.all(pc.is_null(rows["reason"])).as_py()
     assert pc.all(pc.is_null(items["reason"])).as_py()
@@ -55,8 +53,7 @@ def test_last_item_is_in_the_history_of_245_software_users() -> None:
     log = sequences(InteractionsConfig(dataset="software", data_dir=str(DATA))).log
     users = log.split_users()
     repeats = [
-        target in log.history(int(user), "test")
-        for user, target in zip(users, log.targets(users, "test"), strict=True)
+        target in log.history(int(user), "test") for user, target in zip(users, log.targets(users, "test"), strict=True)
     ]
     assert sum(repeats) == 245
 

@@ -61,9 +61,7 @@ def test_each_rule_names_its_row(row: dict[str, object], reason: str | None) -> 
 
 
 def test_a_bad_row_keeps_its_raw_values_and_number() -> None:
-    checked = check_interactions(
-        interactions({}, {"order": "soon"}), position=False, known_items=pa.array(["a"])
-    )
+    checked = check_interactions(interactions({}, {"order": "soon"}), position=False, known_items=pa.array(["a"]))
     assert checked.to_pylist()[1] == {
         "user_id": "u",
         "item_id": "a",
@@ -155,7 +153,7 @@ def test_invalid_utf8_in_a_string_column_is_null() -> None:
 
 
 def test_nested_columns_are_refused() -> None:
-    with pytest.raises(BadInputError, match=r"type struct<a: int64> is neither text, number nor time"):
+    with pytest.raises(BadInputError, match=r"struct<a: int64> is neither text, number nor time"):
         as_text(pa.array([{"a": 1}]))
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctd_scale.interactions.sequences import Sequences, build_sequences, k_core, repeated_pairs
@@ -27,13 +27,9 @@ def build(
     min_user: int = 1,
     min_item: int = 1,
 ) -> Sequences:
-    columns = {
-        name: [row[place] for row in rows] for place, name in enumerate(("user_id", "item_id", "order"))
-    }
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(("user_id", "item_id", "order"))}
     schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("order", pa.int64())])
-    items = pa.table(
-        {"item_id": ITEMS, "title": [f"title {item}" for item in ITEMS], "category": [""] * len(ITEMS)}
-    )
+    items = pa.table({"item_id": ITEMS, "title": [f"title {item}" for item in ITEMS], "category": [""] * len(ITEMS)})
     return build_sequences(
         pa.table(columns, schema=schema),
         items,
@@ -74,6 +70,7 @@ def named(made: Sequences) -> dict[str, list[str]]:
     }
 
 
+@settings(deadline=None)
 @given(ROWS, st.sampled_from(["keep", "first", "last"]), st.integers(1, 4), st.integers(1, 4))
 def test_sequences_equal_plain_python(
     rows: list[Row], duplicates: Literal["keep", "first", "last"], min_user: int, min_item: int
@@ -91,6 +88,7 @@ def test_sequences_equal_plain_python(
     assert made.log.offsets.dtype == np.int64
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_leave_one_out_equals_plain_python(rows: list[Row]) -> None:
     log = build(rows).log
@@ -106,12 +104,11 @@ def test_leave_one_out_equals_plain_python(rows: list[Row]) -> None:
     }
     users = log.split_users()
     split = [log.user_ids[user] for user in users]
-    assert validation == dict(
-        zip(split, [names[item] for item in log.targets(users, "validation")], strict=True)
-    )
+    assert validation == dict(zip(split, [names[item] for item in log.targets(users, "validation")], strict=True))
     assert test == dict(zip(split, [names[item] for item in log.targets(users, "test")], strict=True))
 
 
+@settings(deadline=None)
 @given(ROWS, st.integers(1, 5), st.integers(1, 5))
 def test_core_equals_plain_python_and_keeps_order(rows: list[Row], min_user: int, min_item: int) -> None:
     users = np.array([ord(row[0]) for row in rows], dtype=np.int64)

@@ -6,7 +6,7 @@ import csv
 import io
 
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctd_scale.interactions.text_rows import MAX_RECORD_LINES, text_batches, text_columns
@@ -16,9 +16,7 @@ COLUMNS = {"user": "u", "item": "i"}
 
 def rows(data: bytes, kind: str, batch_rows: int = 1000) -> list[tuple[str | None, str | None, bool]]:
     batches = list(text_batches(io.BytesIO(data), kind, COLUMNS, batch_rows))
-    table = (
-        pa.Table.from_batches(batches) if batches else pa.table({"user": [], "item": [], "unparsable": []})
-    )
+    table = pa.Table.from_batches(batches) if batches else pa.table({"user": [], "item": [], "unparsable": []})
     return list(zip(*(table[name].to_pylist() for name in ("user", "item", "unparsable")), strict=True))
 
 
@@ -70,9 +68,7 @@ def test_jsonl_values_become_text() -> None:
         ("x y", '{"z": "1"}', False),
         (None, "1e3", False),
     ]
-    assert rows(b'{"u": 123456789012345678901, "i": "\\u00e9"}', "jsonl") == [
-        ("123456789012345678901", "é", False)
-    ]
+    assert rows(b'{"u": 123456789012345678901, "i": "\\u00e9"}', "jsonl") == [("123456789012345678901", "é", False)]
 
 
 def test_jsonl_lines_that_are_no_object() -> None:
@@ -105,6 +101,7 @@ def test_batches_follow_each_other() -> None:
 ONE_LINE = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(ONE_LINE, ONE_LINE), max_size=20), st.sampled_from(["csv", "tsv"]))
 def test_whatever_pythons_writer_wrote_is_read_back(pairs: list[tuple[str, str]], kind: str) -> None:
     out = io.StringIO()
@@ -113,6 +110,7 @@ def test_whatever_pythons_writer_wrote_is_read_back(pairs: list[tuple[str, str]]
     assert rows(out.getvalue().encode(), kind) == [(user, item, False) for user, item in pairs]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(["csv", "tsv", "tab", "jsonl"]))
 def test_no_bytes_raise(data: bytes, kind: str) -> None:
     for user, item, unparsable in rows(b"u,i\tu\ti\n" + data, kind):
