@@ -181,7 +181,7 @@ class Run:
                 )
 
     def _download(self, name: str, manifest: Mapping[str, Any]) -> Path:
-        target = self.cache / manifest["digest"]
+        target = self.cache / str(manifest["digest"])
         if not (target / MANIFEST).exists():
             filesystem, base = fsspec.url_to_fs(self.url)
             aside = self.cache / f".{manifest['digest']}-{uuid.uuid4().hex[:8]}"

@@ -91,18 +91,14 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
     )
 
 
-def choose_rankings(
-    pools: list[ScoredPool], config: RunConfig
-) -> tuple[dict[str, Ranking], dict[str, float]]:
+def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[str, Ranking], dict[str, float]]:
     """Every named ranking and its validation NDCG@10. Of equals the first, hence smallest, weight wins."""
     evaluation = config.evaluation
 
     def best(candidates: list[Ranking]) -> Ranking:
         return max(candidates, key=lambda ranking: pool_ndcg(pools, ranking))
 
-    full = best(
-        [Ranking(1.0, d, e) for d, e in product(evaluation.draws_weights, evaluation.error_weights)]
-    )
+    full = best([Ranking(1.0, d, e) for d, e in product(evaluation.draws_weights, evaluation.error_weights)])
     rankings = {
         "preference": Ranking(1.0, 0.0, 0.0),
         "draws": Ranking(0.0, 1.0, 0.0),
@@ -143,5 +139,3 @@ def _sample(preferences: Preferences, limit: int, seed: int) -> Preferences:
         preferences.vectors[rows],
         [preferences.texts[row] for row in rows],
     )
-
-

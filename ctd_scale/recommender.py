@@ -108,9 +108,7 @@ class RetrieveStep:
         return np.take_along_axis(merged_ids, order, 1), np.take_along_axis(merged, order, 1)
 
 
-def density_of_draws(
-    cosines: Float32[ndarray, "batch draws pool"], tau: float
-) -> Float32[ndarray, "batch pool"]:
+def density_of_draws(cosines: Float32[ndarray, "batch draws pool"], tau: float) -> Float32[ndarray, "batch pool"]:
     """`tau * (log-sum-exp over draws of cos / tau - log S)`: a soft maximum, in units of a cosine."""
     peak = cosines.max(axis=1, keepdims=True)
     safe = np.where(np.isfinite(peak), peak, 0.0)
@@ -213,9 +211,7 @@ def load_retrieve(artifacts: dict[str, Artifact], config: RunConfig) -> Retrieve
     return RetrieveStep(load_index(artifacts["index"].path, items, pi=0.0), config)
 
 
-def _union(
-    left: Int32[ndarray, "batch left"], right: Int32[ndarray, "batch right"]
-) -> Int32[ndarray, "batch union"]:
+def _union(left: Int32[ndarray, "batch left"], right: Int32[ndarray, "batch right"]) -> Int32[ndarray, "batch union"]:
     """Per row, each id of both once, ascending, padded with -1."""
     both = np.sort(np.concatenate([left, right], axis=1), axis=1)
     repeated = np.zeros(both.shape, bool)

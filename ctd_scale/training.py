@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -35,7 +36,9 @@ from ctd_scale.config import StageResources
 
 OBJECT_STORE_BYTES = 512 * 1024**2
 EXPORT = "export"
-console = Console()
+PROGRESS = "progress.json"
+# Redirected output gets a width in which the tables fit.
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 class TrainingError(RuntimeError):
@@ -87,8 +90,6 @@ def run_training(
     start_ray()
     name = f"{stage}-{key[:12]}"
     logs = run.root / "logs" / stage
-    logs.mkdir(parents=True, exist_ok=True)
-    (logs / "progress.json").unlink(missing_ok=True)
     trainer = TorchTrainer(
         loop,
         train_loop_config={**arguments, "logs": str(logs), "resources": resources.model_dump()},
@@ -104,7 +105,7 @@ def run_training(
         # Every worker reads the dataset made for it, whole: the split is ours, so it is the same on every run.
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
-    with _shown_progress(stage, logs / "progress.json"):
+    with shown_progress(stage, logs):
         try:
             result = trainer.fit()
         except Exception as error:
@@ -142,7 +143,8 @@ def prepare_worker(arguments: Mapping[str, Any], seed: int) -> torch.device:
     resources = StageResources.model_validate(arguments["resources"])
     torch.set_num_threads(resources.threads_per_worker or max(1, (os.cpu_count() or 1) // world_size()))
     seed_all(seed)
-    return ray.train.torch.get_device()
+    device: torch.device = ray.train.torch.get_device()
+    return device
 
 
 def seed_all(seed: int) -> None:
@@ -193,7 +195,7 @@ class StepLog:
         values = {name: float(value) for name, value in scalars.items()}
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        write_text(self._folder / "progress.json", json.dumps({"step": step, "total": self._total, **values}))
+        write_progress(self._folder, step, self._total, values)
         self._shown = time.monotonic()
 
     def close(self) -> None:
@@ -204,9 +206,17 @@ class StepLog:
 # -- on the driver -------------------------------------------------------------------------------------------
 
 
+def write_progress(logs: Path, step: int, total: int, values: Mapping[str, float] | None = None) -> None:
+    """Say how far a stage has come; whoever shows it reads the file."""
+    write_text(logs / PROGRESS, json.dumps({"step": step, "total": total, **(values or {})}))
+
+
 @contextmanager
-def _shown_progress(stage: str, file: Path) -> Iterator[None]:
-    """Draw the workers' progress file: a bar on a terminal, a line every 15 s elsewhere."""
+def shown_progress(stage: str, logs: Path) -> Iterator[None]:
+    """Draw the stage's progress file: a bar on a terminal, a line every 15 s elsewhere."""
+    logs.mkdir(parents=True, exist_ok=True)
+    file = logs / PROGRESS
+    file.unlink(missing_ok=True)
     stop = threading.Event()
     draw = _draw_bar if console.is_terminal else _print_lines
     thread = threading.Thread(target=draw, args=(stage, file, stop), daemon=True)
@@ -252,4 +262,8 @@ def _draw_bar(stage: str, file: Path, stop: threading.Event) -> None:
 def _print_lines(stage: str, file: Path, stop: threading.Event) -> None:
     while not stop.wait(15.0):
         if (progress := _read_progress(file)) is not None:
-            console.print(f"  {stage} step {progress['step']}/{progress['total']}  {_describe(progress)}", highlight=False, soft_wrap=True)
+            console.print(
+                f"  {stage} step {progress['step']}/{progress['total']}  {_describe(progress)}",
+                highlight=False,
+                soft_wrap=True,
+            )

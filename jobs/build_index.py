@@ -1,4 +1,7 @@
-"""Build the dense and text index: `ray job submit -- python -m jobs.build_index --config C --storage URL --name RUN`."""
+"""Build the dense and text index.
+
+ray job submit -- python -m jobs.build_index --config C --storage URL --name RUN
+"""
 
 from ctd_scale.cli import run_job
 

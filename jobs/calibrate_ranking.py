@@ -1,4 +1,7 @@
-"""Choose the fusion weights on validation: `ray job submit -- python -m jobs.calibrate_ranking --config C --storage URL --name RUN`."""
+"""Choose the fusion weights on validation.
+
+ray job submit -- python -m jobs.calibrate_ranking --config C --storage URL --name RUN
+"""
 
 from ctd_scale.cli import run_job
 

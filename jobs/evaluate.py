@@ -1,4 +1,7 @@
-"""Rank the withheld items and publish the table: `ray job submit -- python -m jobs.evaluate --config C --storage URL --name RUN`."""
+"""Rank the withheld items and publish the table.
+
+ray job submit -- python -m jobs.evaluate --config C --storage URL --name RUN
+"""
 
 from ctd_scale.cli import run_job
 

@@ -1,4 +1,7 @@
-"""All stages in order: `ray job submit -- python -m jobs.pipeline --config C --storage URL --name RUN`."""
+"""All stages in order.
+
+ray job submit -- python -m jobs.pipeline --config C --storage URL --name RUN
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Read, check, split and index a log: `ray job submit -- python -m jobs.prepare_interactions --config C --storage URL --name RUN`."""
+"""Read, check, split and index a log.
+
+ray job submit -- python -m jobs.prepare_interactions --config C --storage URL --name RUN
+"""
 
 from ctd_scale.cli import run_job
 

@@ -1,4 +1,7 @@
-"""Serve a finished run: `ray job submit -- python -m jobs.serve --run URL --host 0.0.0.0`."""
+"""Serve a finished run.
+
+ray job submit -- python -m jobs.serve --run URL --host 0.0.0.0
+"""
 
 import sys
 

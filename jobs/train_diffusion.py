@@ -1,4 +1,7 @@
-"""Train the conditional denoiser: `ray job submit -- python -m jobs.train_diffusion --config C --storage URL --name RUN`."""
+"""Train the conditional denoiser.
+
+ray job submit -- python -m jobs.train_diffusion --config C --storage URL --name RUN
+"""
 
 from ctd_scale.cli import run_job
 

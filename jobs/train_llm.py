@@ -1,4 +1,7 @@
-"""Fine-tune the preference LLM with DeepSpeed ZeRO: `ray job submit -- python -m jobs.train_llm --config C --storage URL --name RUN`."""
+"""Fine-tune the preference LLM with DeepSpeed ZeRO.
+
+ray job submit -- python -m jobs.train_llm --config C --storage URL --name RUN
+"""
 
 from ctd_scale.cli import run_job
 

@@ -1,4 +1,7 @@
-"""Train the K-way tokenizers and publish continuous tokens: `ray job submit -- python -m jobs.train_tokenizer --config C --storage URL --name RUN`."""
+"""Train the K-way tokenizers and publish continuous tokens.
+
+ray job submit -- python -m jobs.train_tokenizer --config C --storage URL --name RUN
+"""
 
 from ctd_scale.cli import run_job
 

@@ -11,4 +11,4 @@ from ctd_scale.batches import NodeArrays
 
 def lightgcn_scores(embeddings: NodeArrays, users: ndarray) -> Float32[ndarray, "batch items"]:
     """`e_u . e_i` for all items."""
-    return np.asarray(embeddings.users)[users] @ np.asarray(embeddings.items).T
+    return np.asarray(np.asarray(embeddings.users)[users] @ np.asarray(embeddings.items).T)

@@ -77,7 +77,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             step = state["step"]
 
     def write(folder: Path) -> None:
-        parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+        parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
         torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, folder / "state.pt")
         (folder / training.EXPORT).mkdir()
         save_file(average.state_dict(), folder / training.EXPORT / WEIGHTS)

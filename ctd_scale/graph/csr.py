@@ -62,9 +62,7 @@ class BipartiteGraph:
         users = np.searchsorted(self.offsets, index, side="right") - 1
         return users.astype(np.int64), self.neighbors[index].astype(np.int64)
 
-    def has_edge(
-        self, users: Int64[ndarray, "batch"], items: Int64[ndarray, "batch"]
-    ) -> Bool[ndarray, "batch"]:
+    def has_edge(self, users: Int64[ndarray, "batch"], items: Int64[ndarray, "batch"]) -> Bool[ndarray, "batch"]:
         """Whether each (user node, item node) pair interacted in training."""
         keys = users * self.num_nodes + items
         found = np.minimum(np.searchsorted(self._edge_keys, keys), self.num_edges - 1)

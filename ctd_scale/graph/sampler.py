@@ -54,16 +54,16 @@ class Minibatch:
             "targets": np.concatenate([block.targets for block in self.blocks]),
             "weights": np.concatenate([block.weights for block in self.blocks]),
         }
-        return pa.table(
-            {name: pa.LargeListArray.from_arrays([0, len(v)], pa.array(v)) for name, v in columns.items()}
-        )
+        return pa.table({name: pa.LargeListArray.from_arrays([0, len(v)], pa.array(v)) for name, v in columns.items()})
 
     @classmethod
     def from_arrow(cls, row: pa.Table) -> Minibatch:
         read = {name: row[name].combine_chunks().flatten().to_numpy() for name in row.column_names}
         num_seeds, *num_targets = read["sizes"].tolist()
         cuts = np.cumsum(read["messages"])[:-1]
-        parts = zip(*(np.split(read[name], cuts) for name in ("sources", "targets", "weights")), num_targets, strict=True)
+        parts = zip(
+            *(np.split(read[name], cuts) for name in ("sources", "targets", "weights")), num_targets, strict=True
+        )
         blocks = tuple(Block(*part) for part in parts)
         return cls(read["users"], read["positives"], read["negatives"], num_seeds, read["nodes"], blocks)
 
@@ -125,9 +125,7 @@ class NeighborSampler:
         return grown, sources
 
 
-def _distinct(
-    sizes: Int64[ndarray, "rows"], count: int, random: np.random.Generator
-) -> Int64[ndarray, "rows count"]:
+def _distinct(sizes: Int64[ndarray, "rows"], count: int, random: np.random.Generator) -> Int64[ndarray, "rows count"]:
     """`count` distinct numbers below each size, uniformly (Floyd's algorithm, all rows at once)."""
     chosen = np.empty((len(sizes), count), np.int64)
     uniform = random.random((count, len(sizes)))
@@ -157,7 +155,8 @@ def make_minibatch(
     users, positives, negatives = users[mine], positives[mine], negatives[mine]
     seeds, inverse = np.unique(np.concatenate([users, positives, negatives]), return_inverse=True)
     nodes, blocks = sampler.sample(seeds, np.random.default_rng((seed, 2, step, rank)))
-    return Minibatch(*np.split(inverse, 3), num_seeds=len(seeds), nodes=nodes, blocks=blocks)
+    user_seeds, positive_seeds, negative_seeds = np.split(inverse, 3)
+    return Minibatch(user_seeds, positive_seeds, negative_seeds, len(seeds), nodes, blocks)
 
 
 @lru_cache(maxsize=2)

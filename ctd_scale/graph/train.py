@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray.data
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,10 +18,8 @@ from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.encoder import BlockTensors, LightGCN
 from ctd_scale.graph.export import propagate, split_nodes
 from ctd_scale.graph.losses import bpr_loss, l2_loss
-from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch, steps_per_epoch
-
-# Minibatches per Ray Data task: enough to hide the task's overhead, few enough that prefetch stays small.
-MINIBATCHES_PER_TASK = 16
+from ctd_scale.graph.sampler import Minibatch, steps_per_epoch
+from ctd_scale.graph.stream import stream_minibatches
 
 
 def train_graph(run: Run, config: RunConfig, config_hash: str) -> None:
@@ -47,9 +42,7 @@ def train_graph(run: Run, config: RunConfig, config_hash: str) -> None:
         resources=config.resources.graph,
     )
     layer0 = np.load(export / "layer0.npy")
-    embeddings = split_nodes(
-        graph, propagate(graph, layer0, config.graph.num_layers, config.graph.propagation_chunk)
-    )
+    embeddings = split_nodes(graph, propagate(graph, layer0, config.graph.num_layers, config.graph.propagation_chunk))
     inputs[artifact.name] = artifact.digest
     facts["embed_dim"] = config.graph.embed_dim
     with run.publish("embeddings", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
@@ -80,7 +73,16 @@ def train_loop(arguments: dict[str, Any]) -> None:
 
     parallel: nn.Module = DistributedDataParallel(model) if training.world_size() > 1 else model
     log = training.StepLog(arguments["logs"], total_steps)
-    for minibatch in stream_minibatches(config, arguments["graph"], seed, step, total_steps):
+    stream = stream_minibatches(
+        config,
+        arguments["graph"],
+        seed=seed,
+        rank=training.rank(),
+        world_size=training.world_size(),
+        start=step,
+        stop=total_steps,
+    )
+    for minibatch in stream:
         loss = minibatch_loss(parallel, minibatch, config.l2, device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -109,61 +111,3 @@ def minibatch_loss(model: nn.Module, minibatch: Minibatch, l2: float, device: to
     users, positives, negatives = (seeds[part] for part in index)
     ranking = bpr_loss((users * positives).sum(dim=1), (users * negatives).sum(dim=1))
     return ranking + l2 * l2_loss(*(rows[part] for part in index))
-
-
-class SampleMinibatches:
-    """A Ray Data actor: keeps the memory-mapped graph and turns step numbers into finished minibatches."""
-
-    def __init__(self, config: dict[str, Any], graph: str, seed: int, rank: int, world_size: int) -> None:
-        self._config = GraphConfig.model_validate(config)
-        self._sampler = NeighborSampler(BipartiteGraph.load(Path(graph)), self._config.fanout)
-        self._seed, self._rank, self._world_size = seed, rank, world_size
-
-    def minibatch(self, step: int) -> Minibatch:
-        return make_minibatch(
-            self._sampler,
-            seed=self._seed,
-            step=step,
-            batch_size=self._config.batch_size,
-            rank=self._rank,
-            world_size=self._world_size,
-        )
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        return pa.concat_tables(self.minibatch(int(step)).to_arrow() for step in batch["id"])
-
-
-def stream_minibatches(config: GraphConfig, graph: str, seed: int, start: int, stop: int) -> Iterator[Minibatch]:
-    """Minibatches of this worker for steps start..stop, in order.
-
-    `ray_data` streams them from sampler actors; `in_process` computes the same ones here (small graphs).
-    """
-    if start >= stop:
-        return
-    maker = {
-        "config": config.model_dump(),
-        "graph": graph,
-        "seed": seed,
-        "rank": training.rank(),
-        "world_size": training.world_size(),
-    }
-    if config.streaming == "in_process":
-        sampler = SampleMinibatches(**maker)
-        yield from (sampler.minibatch(step) for step in range(start, stop))
-        return
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    tasks = -(-(stop - start) // MINIBATCHES_PER_TASK)
-    # The cursor is in the checkpoint, so the stream simply begins there.
-    steps = ray.data.range(stop - start, override_num_blocks=tasks).map_batches(
-        lambda batch: {"id": batch["id"] + start}
-    )
-    sampled = steps.map_batches(
-        SampleMinibatches,
-        fn_constructor_kwargs=maker,
-        concurrency=config.sampler_actors,
-        batch_size=MINIBATCHES_PER_TASK,
-    )
-    for row in sampled.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=8):
-        yield Minibatch.from_arrow(row)

@@ -64,9 +64,7 @@ class PreferenceModel:
         return outcome
 
     @torch.inference_mode()
-    def texts(
-        self, histories: Sequence[Int32[ndarray, "_"]], users: Sequence[int] | None = None
-    ) -> list[str]:
+    def texts(self, histories: Sequence[Int32[ndarray, "_"]], users: Sequence[int] | None = None) -> list[str]:
         """What the LM says the user wants, decoded greedily."""
         rows = self._rows(histories, users)
         outcome = [""] * len(rows)
@@ -80,7 +78,9 @@ class PreferenceModel:
                 pad_token_id=self.collator.prompts.pad_id,
                 eos_token_id=self.collator.prompts.eos_id,
             )
-            for i, text in zip(index, self.text_tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
+            for i, text in zip(
+                index, self.text_tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True
+            ):
                 outcome[i] = " ".join(text.split())
         return outcome
 

@@ -78,9 +78,7 @@ class PreferenceLM(nn.Module):
         projected: Tensor = self.head.project(self.hidden(batch)[batch.preference_positions])
         return projected.float()
 
-    def forward(
-        self, batch: LLMBatch, negatives: Tensor | None = None
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def forward(self, batch: LLMBatch, negatives: Tensor | None = None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Sums (not means) of the preference loss over positions and of the LM loss over answer tokens."""
         hidden = self.hidden(batch)
         preferences = self.head.project(hidden[batch.preference_positions]).float()

@@ -49,9 +49,7 @@ class Prompts:
 def make_prompts(text_tokenizer: Any, catalogue: Catalogue, max_title_tokens: int) -> Prompts:
     """Tokenise head, tail, titles and answers."""
     head, tail = _render_frame(text_tokenizer)
-    titles, title_offsets = _tokenize(
-        text_tokenizer, [f" {title}" for title in catalogue.titles], max_title_tokens
-    )
+    titles, title_offsets = _tokenize(text_tokenizer, [f" {title}" for title in catalogue.titles], max_title_tokens)
     eos_id = int(text_tokenizer.eos_token_id)
     answers, answer_offsets = _tokenize(
         text_tokenizer,
@@ -77,7 +75,7 @@ def _render_frame(text_tokenizer: Any) -> tuple[Int32[ndarray, "head"], Int32[nd
         options = {"tokenize": False, "add_generation_prompt": True}
         try:
             text = text_tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM}, user], **options)
-        except Exception:  # noqa: BLE001 - templates without a system role raise what they like
+        except Exception:
             text = text_tokenizer.apply_chat_template([user], **options)
         head, tail = text.split(_MARK)
     else:

@@ -170,9 +170,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             step = int(client["step"])
 
     def write(folder: Path) -> None:
-        engine.save_checkpoint(
-            str(folder), tag="state", client_state={"step": step}, exclude_frozen_parameters=True
-        )
+        engine.save_checkpoint(str(folder), tag="state", client_state={"step": step}, exclude_frozen_parameters=True)
 
     steplog = training.StepLog(arguments["logs"], plan.total_steps)
     while step < plan.total_steps:
@@ -180,7 +178,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
         rows = [window_row(log, windows, index) for index in numbers]
         mine, length = rows[rank::workers], int(collator.sizes(rows).max())
         random = np.random.default_rng((seed, 12, step))
-        batch = drop_tokens(collator(mine, length), config.token_dropout, collator.num_ways, seed, step * workers + rank)
+        draw = seed * 1_000_003 + step * workers + rank
+        batch = drop_tokens(collator(mine, length), config.token_dropout, collator.num_ways, draw)
         negatives = None
         if len(log.catalogue) > config.full_softmax_limit:
             negatives = torch.from_numpy(random.integers(0, len(log.catalogue), config.sampled_negatives)).to(device)
@@ -253,11 +252,11 @@ def parameter_groups(model: PreferenceLM, config: LLMConfig) -> list[dict[str, A
     ]
 
 
-def drop_tokens(batch: LLMBatch, share: float, num_ways: int, seed: int, draw: int) -> LLMBatch:
+def drop_tokens(batch: LLMBatch, share: float, num_ways: int, seed: int) -> LLMBatch:
     """Zero the continuous tokens of a share of the items, so that the titles are read too (training only)."""
     if share == 0.0:
         return batch
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+    generator = torch.Generator().manual_seed(seed)
     blocks = len(batch.token_values) // num_ways
     keep = (torch.rand(blocks, generator=generator) >= share).repeat_interleave(num_ways)
     values = batch.token_values * keep[:, None]

@@ -9,16 +9,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctd_scale.config import LLMConfig
 from ctd_scale.llm.backbone import load_causal_lm
 from ctd_scale.llm.model import PreferenceLM, build_preference_lm
 
 BACKBONE, HEADS = "backbone", "heads.safetensors"
 
 
-def export_model(
-    folder: Path, model: PreferenceLM, trained: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
+def export_model(folder: Path, model: PreferenceLM, trained: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Write a trained model: `trained` overrides the weights of `model`; LoRA is merged into the backbone."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -59,8 +56,4 @@ def temperature(folder: Path) -> float:
 
 def _without_lora(lm: Any) -> dict[str, torch.Tensor]:
     """State of the merged backbone under its plain names."""
-    return {
-        name.replace(".base_layer", ""): value
-        for name, value in lm.state_dict().items()
-        if "lora_" not in name
-    }
+    return {name.replace(".base_layer", ""): value for name, value in lm.state_dict().items() if "lora_" not in name}

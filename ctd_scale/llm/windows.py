@@ -36,9 +36,7 @@ class Windows:
         return Windows(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
-def training_windows(
-    train_lengths: Int64[ndarray, "users"], config: LLMConfig, seed: int, epoch: int
-) -> Windows:
+def training_windows(train_lengths: Int64[ndarray, "users"], config: LLMConfig, seed: int, epoch: int) -> Windows:
     """Cut every training sequence into windows of at most `max_history` inputs, at a random phase per user and epoch.
 
     Every prefix is supervised exactly once per epoch (of the latest `max_windows` windows, where that is set).
@@ -93,8 +91,13 @@ def export_windows(train_lengths: Int64[ndarray, "users"], config: LLMConfig) ->
             lengths.append(end - start)
             firsts.append(done - start)
             done = end
-    columns = (np.array(column, np.int64) for column in (users, starts, lengths, firsts))
-    return Windows(*columns, answers=np.zeros(len(users), bool))
+    return Windows(
+        np.array(users, np.int64),
+        np.array(starts, np.int64),
+        np.array(lengths, np.int64),
+        np.array(firsts, np.int64),
+        np.zeros(len(users), bool),
+    )
 
 
 def plan_batches(

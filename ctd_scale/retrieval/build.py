@@ -32,8 +32,7 @@ def build_index(
     """
     if len(vectors) != len(catalogue):
         raise ValueError(
-            f"item vectors have {len(vectors)} rows but the catalogue has {len(catalogue)} items; "
-            "rerun train_llm"
+            f"item vectors have {len(vectors)} rows but the catalogue has {len(catalogue)} items; rerun train_llm"
         )
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,9 +60,7 @@ def load_index(folder: Path, catalogue_size: int, pi: float) -> HybridRetriever:
     """
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     if len(vectors) != catalogue_size:
-        raise ValueError(
-            f"{folder} has {len(vectors)} items but the catalogue has {catalogue_size}; rerun build_index"
-        )
+        raise ValueError(f"{folder} has {len(vectors)} items but the catalogue has {catalogue_size}; rerun build_index")
     scann = folder / "scann"
     dense: DenseIndex = ScannIndex.load(scann) if scann.is_dir() else ExactIndex(vectors)
     return HybridRetriever(vectors, dense, TextIndex.load(folder / "text"), pi)

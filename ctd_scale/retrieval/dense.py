@@ -40,9 +40,7 @@ class DenseIndex(Protocol):
         ...
 
 
-def unit_vectors(
-    vectors: Float32[ndarray, "rows cond_dim"], name: str = "item"
-) -> Float32[ndarray, "rows cond_dim"]:
+def unit_vectors(vectors: Float32[ndarray, "rows cond_dim"], name: str = "item") -> Float32[ndarray, "rows cond_dim"]:
     """The rows scaled to unit length; the array itself where they have it already.
 
     Raises ValueError, naming the row: a zero vector, which has no direction, or one with NaN or infinity.
@@ -149,9 +147,7 @@ class ScannIndex:
         Raises ValueError: fewer than 16 items, or vectors without a direction. RuntimeError: no ScaNN here.
         """
         if len(vectors) < MIN_SCANN_ITEMS:
-            raise ValueError(
-                f"ScaNN needs at least {MIN_SCANN_ITEMS} items, got {len(vectors)}; use ExactIndex"
-            )
+            raise ValueError(f"ScaNN needs at least {MIN_SCANN_ITEMS} items, got {len(vectors)}; use ExactIndex")
         vectors = unit_vectors(vectors)
         items, dim = vectors.shape
         leaves = round(math.sqrt(items))
@@ -187,9 +183,7 @@ class ScannIndex:
     def load(cls, folder: Path) -> ScannIndex:
         """Read what `save` wrote. Raises ValueError where it cannot be that; RuntimeError: no ScaNN here."""
         if (folder / "scann_docids.pkl").exists():
-            raise ValueError(
-                f"{folder} holds scann_docids.pkl, which ScaNN would unpickle and `save` never writes"
-            )
+            raise ValueError(f"{folder} holds scann_docids.pkl, which ScaNN would unpickle and `save` never writes")
         if not (folder / "settings.json").is_file():
             raise ValueError(f"{folder} is no ScaNN index: settings.json is missing; rerun build_index")
         settings = ScannSettings(**json.loads((folder / "settings.json").read_text()))
@@ -285,9 +279,7 @@ def _scann() -> Any:
 
 def _require_dim(queries: Float32[ndarray, "batch cond_dim"], dim: int) -> None:
     if queries.shape[1] != dim:
-        raise ValueError(
-            f"queries have {queries.shape[1]} dimensions, the index has {dim}; rerun build_index"
-        )
+        raise ValueError(f"queries have {queries.shape[1]} dimensions, the index has {dim}; rerun build_index")
 
 
 def _chunks(length: int, size: int = CHUNK_ITEMS) -> Iterator[slice]:

@@ -131,18 +131,12 @@ class HybridRetriever:
             raise ValueError(f"{name} has {len(lists)} lists, expected one for each of the {batch} users")
         ids = np.concatenate([np.empty(0, dtype=np.int64), *lists])
         if ids.size and not 0 <= ids.min() <= ids.max() < items:
-            raise ValueError(
-                f"{name} spans [{ids.min()}, {ids.max()}], expected item indices in [0, {items})"
-            )
-        pairs: Int64[ndarray, "pairs"] = (
-            np.repeat(np.arange(batch) * items, [len(each) for each in lists]) + ids
-        )
+            raise ValueError(f"{name} spans [{ids.min()}, {ids.max()}], expected item indices in [0, {items})")
+        pairs: Int64[ndarray, "pairs"] = np.repeat(np.arange(batch) * items, [len(each) for each in lists]) + ids
         return pairs
 
 
-def _padded(
-    users: Int64[ndarray, "pairs"], ids: Int64[ndarray, "pairs"], batch: int
-) -> Int32[ndarray, "batch pool"]:
+def _padded(users: Int64[ndarray, "pairs"], ids: Int64[ndarray, "pairs"], batch: int) -> Int32[ndarray, "batch pool"]:
     """Rows of a table from its sorted (user, id) pairs, filled up with -1."""
     counts = np.bincount(users, minlength=batch)
     table = np.full((batch, counts.max(initial=0)), -1, dtype=np.int32)

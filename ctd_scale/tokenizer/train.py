@@ -67,14 +67,12 @@ def train_loop(arguments: dict[str, Any]) -> None:
     data = {side: torch.tensor(np.asarray(getattr(embeddings, side))).to(device) for side in SIDES}
     models, parallel = {}, {}
     for side in SIDES:
-        model = KWayTokenizer(
-            data[side].shape[1], arguments["token_dim"], config.num_ways, config.hidden_dim
-        ).to(device)
+        model = KWayTokenizer(data[side].shape[1], arguments["token_dim"], config.num_ways, config.hidden_dim).to(
+            device
+        )
         model.fit_scale(data[side])
         models[side] = model
-        parallel[side] = (
-            DistributedDataParallel(_Losses(model)) if training.world_size() > 1 else _Losses(model)
-        )
+        parallel[side] = DistributedDataParallel(_Losses(model)) if training.world_size() > 1 else _Losses(model)
     optimizer = torch.optim.AdamW(
         [parameter for model in models.values() for parameter in model.parameters()], lr=config.learning_rate
     )
@@ -90,9 +88,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
             step = state["step"]
 
     def write(folder: Path) -> None:
-        state = {side: models[side].state_dict() for side in SIDES}
-        state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step}
-        torch.save(state, folder / "state.pt")
+        state: dict[str, Any] = {**models, "optimizer": optimizer, "schedule": schedule}
+        torch.save({"step": step, **{name: part.state_dict() for name, part in state.items()}}, folder / "state.pt")
         (folder / training.EXPORT).mkdir()
         for side in SIDES:
             save_file(models[side].state_dict(), folder / training.EXPORT / f"{side}.safetensors")

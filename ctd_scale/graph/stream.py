@@ -1,0 +1,79 @@
+"""Minibatches streamed from sampler actors by Ray Data, or computed in this process; the same ones either way.
+
+Without torch in reach: an actor starts in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from ctd_scale.config import GraphConfig
+from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch
+
+# Minibatches per Ray Data task: enough to hide the task's overhead, few enough that prefetch stays small.
+MINIBATCHES_PER_TASK = 16
+
+
+class SampleMinibatches:
+    """A Ray Data actor: keeps the memory-mapped graph and turns step numbers into finished minibatches."""
+
+    def __init__(self, config: dict[str, Any], graph: str, seed: int, rank: int, world_size: int) -> None:
+        self._config = GraphConfig.model_validate(config)
+        self._sampler = NeighborSampler(BipartiteGraph.load(Path(graph)), self._config.fanout)
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+
+    def minibatch(self, step: int) -> Minibatch:
+        return make_minibatch(
+            self._sampler,
+            seed=self._seed,
+            step=step,
+            batch_size=self._config.batch_size,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        return pa.concat_tables(self.minibatch(int(step)).to_arrow() for step in batch["id"])
+
+
+def stream_minibatches(
+    config: GraphConfig, graph: str, *, seed: int, rank: int, world_size: int, start: int, stop: int
+) -> Iterator[Minibatch]:
+    """Minibatches of one worker for steps start..stop, in order."""
+    if start >= stop:
+        return
+    maker: dict[str, Any] = {
+        "config": config.model_dump(),
+        "graph": graph,
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    if config.streaming == "in_process":
+        sampler = SampleMinibatches(**maker)
+        yield from (sampler.minibatch(step) for step in range(start, stop))
+        return
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    tasks = -(-(stop - start) // MINIBATCHES_PER_TASK)
+    # The cursor is in the checkpoint, so the stream simply begins there.
+    sampled = (
+        ray.data.range(stop - start, override_num_blocks=tasks)
+        .map_batches(lambda batch: {"id": batch["id"] + start})
+        .map_batches(
+            SampleMinibatches,
+            fn_constructor_kwargs=maker,
+            concurrency=config.sampler_actors,
+            batch_size=MINIBATCHES_PER_TASK,
+        )
+    )
+    for row in sampled.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=8):
+        yield Minibatch.from_arrow(row)

@@ -1,0 +1,150 @@
+"""Compose the deployments into one Serve application, and run it on this machine or the joined cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from ctd_scale.artifacts import Run
+from ctd_scale.config import RunConfig, ServingConfig
+from ctd_scale.recommender import load_artifacts
+from ctd_scale.serving.deployments import App, Denoise, Preference, Retrieve
+from ctd_scale.training import console, start_ray
+
+APPLICATION = "ctd-scale"
+# Logical CPUs only admit replicas. The LLM takes one; the rest must fit next to it on a small machine.
+PREFERENCE_CPUS, OTHER_CPUS = 1.0, 0.25
+# Both models are small next to an accelerator: four replicas share one.
+GPU_SHARE = 0.25
+# The endpoint answers 504 by itself; the proxy's own limit is for bodies that never end.
+PROXY_GRACE_S = 5.0
+READY_TIMEOUT_S = 60.0
+QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
+
+
+def build_app(run: Run, config: RunConfig) -> serve.Application:
+    """The application over a run's artifacts as they are now.
+
+    Raises ArtifactError: an artifact is missing, damaged or made from another version of another.
+    """
+    if run.is_local:  # replicas may live in another working directory
+        run = replace(run, storage=str(run.root.parent))
+    digests = {name: artifact.digest for name, artifact in load_artifacts(run).items()}
+    serving, gpus = config.serving, GPU_SHARE if config.resources.llm.use_gpu else 0.0
+    release = (run, digests, config)
+    preference = serve.deployment(**_options(serving, PREFERENCE_CPUS, gpus))(Preference).bind(*release)
+    denoise = serve.deployment(**_options(serving, OTHER_CPUS, gpus))(Denoise).bind(*release)
+    retrieve = serve.deployment(**_options(serving, OTHER_CPUS))(Retrieve).bind(*release)
+    ingress = _options(serving, OTHER_CPUS)
+    # Three steps, each with its replicas and its queue: the steps refuse before the ingress is full, so that a
+    # refusal is always ours, and /healthz still answers.
+    in_flight = serving.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests
+    ingress["max_ongoing_requests"] = 3 * in_flight + 16
+    return serve.deployment(**ingress)(App).bind(*release, preference, denoise, retrieve)
+
+
+def serve_run(run: Run, config: RunConfig, *, host: str, port: int, blocking: bool = True) -> str:
+    """Serve a run at http://host:port (port 0 = any free one) until Ctrl-C or SIGTERM; returns the URL.
+
+    With `blocking=False` it returns once the endpoint answers; `stop_serving` ends it. Raises ArtifactError as
+    `build_app` does, ValueError where the port is taken, RuntimeError where the replicas do not come up.
+    """
+    application = build_app(run, config)
+    if not os.environ.get("RAY_ADDRESS"):  # in a cluster the port is another machine's
+        port = _free_port(host, port)
+    with ExitStack() as undo:
+        if not ray.is_initialized():
+            undo.callback(ray.shutdown)
+        start_ray()
+        undo.callback(stop_serving)
+        url = _start(application, config.serving, host, port)
+        console.print(f"serving {run.url} at {url} (docs at {url}/docs)", highlight=False, soft_wrap=True)
+        if blocking:
+            _wait_for_signal()
+        else:
+            undo.pop_all()
+    return url
+
+
+def stop_serving() -> None:
+    """Take the application down, requests in progress first, and Serve with it where it serves nothing else."""
+    serve.delete(APPLICATION)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _options(config: ServingConfig, num_cpus: float, num_gpus: float = 0.0) -> dict[str, Any]:
+    """Everything that Serve would otherwise leave small (requests in progress) or unbounded (the queue)."""
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=min(config.max_batch_size, config.max_ongoing_requests),
+        ),
+        "max_ongoing_requests": config.max_ongoing_requests,
+        "max_queued_requests": config.max_queued_requests,
+        "graceful_shutdown_timeout_s": config.request_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus},
+        "logging_config": QUIET,
+    }
+
+
+def _start(application: serve.Application, config: ServingConfig, host: str, port: int) -> str:
+    """Serve the application; returns its URL once it answers there."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    timeout = config.request_timeout_s + PROXY_GRACE_S
+    serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=timeout), logging_config=QUIET)
+    serve.run(application, name=APPLICATION, route_prefix="/")
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    _wait_until_healthy(url)
+    return url
+
+
+def _wait_until_healthy(url: str) -> None:
+    """The proxy learns of a new application a moment after its replicas are up."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/healthz", timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{url}/healthz does not answer: {error}") from None
+        time.sleep(0.05)
+
+
+def _wait_for_signal() -> None:
+    """Until Ctrl-C or SIGTERM; the second one is not waited for."""
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    stopped.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port itself, or a free one for 0. Raises ValueError where it cannot be listened on."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has just been left is free
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"cannot listen on {host} port {port}: {error.strerror}; give another --port, or 0 for any free one"
+            ) from None
+        return int(probe.getsockname()[1])
