@@ -88,8 +88,8 @@ class TokenizerConfig(Section):
     mask_ratio: Fraction = 0.1
     decorrelation_weight: NotNegative = 0.01
     variance_weight: NotNegative = 0.01
-    steps: Positive = 1500
-    batch_size: Positive = 512
+    steps: Positive = 1000
+    batch_size: Positive = 256
     learning_rate: PositiveFloat = 2e-3
     checkpoint_every_steps: Positive = 500
 
@@ -214,7 +214,8 @@ class StageResources(Section):
 class ResourcesConfig(Section):
     """One entry per Ray Train stage."""
 
-    graph: StageResources = StageResources()
+    # Its products are small and its samplers need the other cores: more threads only get in their way.
+    graph: StageResources = StageResources(threads_per_worker=1)
     tokenizer: StageResources = StageResources()
     llm: StageResources = StageResources()
     diffusion: StageResources = StageResources()

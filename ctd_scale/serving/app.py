@@ -49,10 +49,10 @@ def build_app(run: Run, config: RunConfig) -> serve.Application:
     denoise = serve.deployment(**_options(serving, OTHER_CPUS, gpus))(Denoise).bind(*release)
     retrieve = serve.deployment(**_options(serving, OTHER_CPUS))(Retrieve).bind(*release)
     ingress = _options(serving, OTHER_CPUS)
-    # Three steps, each with its replicas and its queue: the steps refuse before the ingress is full, so that a
-    # refusal is always ours, and /healthz still answers.
+    # Three steps, each with its replicas and its queue: the ingress and the proxy hold more than all of them
+    # together, so that it is a step that refuses, in our words, and /healthz still answers.
     in_flight = serving.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests
-    ingress["max_ongoing_requests"] = 3 * in_flight + 16
+    ingress["max_ongoing_requests"] = ingress["max_queued_requests"] = 3 * in_flight + 16
     return serve.deployment(**ingress)(App).bind(*release, preference, denoise, retrieve)
 
 
@@ -80,10 +80,8 @@ def serve_run(run: Run, config: RunConfig, *, host: str, port: int, blocking: bo
 
 
 def stop_serving() -> None:
-    """Take the application down, requests in progress first, and Serve with it where it serves nothing else."""
+    """Take the application down; requests in progress are answered first."""
     serve.delete(APPLICATION)
-    if not serve.status().applications:
-        serve.shutdown()
 
 
 def _options(config: ServingConfig, num_cpus: float, num_gpus: float = 0.0) -> dict[str, Any]:

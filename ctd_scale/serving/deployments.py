@@ -68,14 +68,13 @@ class Preference(Step):
         _configure_batches(config.serving, self.preference, self.text)
         self._model([np.zeros(1, np.int32)])  # the first pass allocates: no request should wait for it
 
-    @serve.batch
+    @serve.batch  # type: ignore[untyped-decorator]
     async def preference(self, histories: list[Int32[ndarray, "_"]]) -> list[Float32[ndarray, "cond_dim"]]:
         return list(await self._compute(self._model, histories))
 
-    @serve.batch
+    @serve.batch  # type: ignore[untyped-decorator]
     async def text(self, histories: list[Int32[ndarray, "_"]]) -> list[str]:
-        texts: list[str] = await self._compute(self._model.texts, histories)
-        return texts
+        return await self._compute(self._model.texts, histories)
 
 
 class Denoise(Step):
@@ -86,13 +85,12 @@ class Denoise(Step):
         self._model = load_density(load_release(run, digests), config)
         _configure_batches(config.serving, self.draws)
 
-    @serve.batch
+    @serve.batch  # type: ignore[untyped-decorator]
     async def draws(self, preferences: list[Float32[ndarray, "cond_dim"]]) -> list[Float32[ndarray, "draws cond_dim"]]:
         return list(await self._compute(self._model.draws, np.stack(preferences)))
 
     async def errors(self, preference: Float32[ndarray, "cond_dim"], pool: Pool) -> Float32[ndarray, "1 pool"]:
-        errors: ndarray = await self._compute(self._model.errors, preference[None], pool.vectors)
-        return errors
+        return await self._compute(self._model.errors, preference[None], pool.vectors)
 
 
 class Retrieve(Step):
@@ -109,14 +107,12 @@ class Retrieve(Step):
         text: str,
         excluded: Int32[ndarray, "_"],
     ) -> Pool:
-        pool: Pool = await self._compute(self._step.pool, preference[None], draws[None], [text], [excluded])
-        return pool
+        return await self._compute(self._step.pool, preference[None], draws[None], [text], [excluded])
 
     async def rank(
         self, pool: Pool, errors: Float32[ndarray, "1 pool"] | None, ranking: Ranking, k: int
     ) -> tuple[Int32[ndarray, "1 k"], Float32[ndarray, "1 k"]]:
-        ranked: tuple[ndarray, ndarray] = await self._compute(self._step.rank, pool, errors, ranking, k)
-        return ranked
+        return await self._compute(self._step.rank, pool, errors, ranking, k)
 
 
 @serve.ingress()

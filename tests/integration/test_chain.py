@@ -1,0 +1,118 @@
+"""The whole chain on the debug config: killed in three stages and resumed, it ends where an uninterrupted run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 600
+KILLED_IN = {"graph": "embeddings", "llm": "models/llm", "diffusion": "models/diffusion"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from ctd_scale.cli import main; main()", *arguments]
+
+
+def run_chain(storage: Path, name: str) -> str:
+    arguments = ("run", "-c", "debug", "--storage", str(storage), "--name", name)
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def kill_in_stage(storage: Path, name: str, stage: str) -> None:
+    """Start the chain and SIGKILL it as soon as the stage has a checkpoint."""
+    arguments = ("run", "-c", "debug", "--storage", str(storage), "--name", name)
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + TIMEOUT
+    while not list((storage / name / "checkpoints").glob(f"{stage}-*/checkpoint_*")):
+        assert process.poll() is None, f"the run ended before it could be killed in {stage}"
+        assert time.monotonic() < deadline, f"no checkpoint in {stage}"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs: `whole`, and `killed`, which was killed in three stages."""
+    storage = tmp_path_factory.mktemp("runs")
+    run_chain(storage, "whole")
+    for stage, artifact in KILLED_IN.items():
+        kill_in_stage(storage, "killed", stage)
+        assert not (storage / "killed" / artifact / "manifest.json").exists(), f"{stage} was over before the kill"
+    run_chain(storage, "killed")
+    return storage
+
+
+def manifest(run: Path, artifact: str) -> dict[str, object]:
+    loaded: dict[str, object] = json.loads((run / artifact / "manifest.json").read_text())
+    return loaded
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    report = json.loads((run / "metrics" / "evaluation.json").read_text())
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in report["rows"]]
+
+
+def test_a_killed_run_ends_with_the_same_models_and_metrics(chains: Path) -> None:
+    for artifact in ("interactions", "embeddings", "tokens", "models/llm", "preferences", "models/diffusion"):
+        assert manifest(chains / "killed", artifact)["digest"] == manifest(chains / "whole", artifact)["digest"], artifact
+    assert rows(chains / "killed") == rows(chains / "whole")
+
+
+def test_every_model_of_the_table_is_ranked_on_both_splits(chains: Path) -> None:
+    report = json.loads((chains / "whole" / "metrics" / "evaluation.json").read_text())
+    models = {"popularity", "lightgcn", "preference", "single_draw", "draws", "error", "full", "full_text"}
+    for split in ("validation", "test"):
+        assert models <= {row["model"] for row in report["rows"] if row["split"] == split}
+    assert {"dataset", "split", "users", "items", "mask_seen", "seed"} <= report["protocol"].keys()
+
+
+def test_a_second_run_changes_nothing_and_a_damaged_artifact_is_made_again(chains: Path) -> None:
+    assert run_chain(chains, "whole").count("unchanged") == 9
+    index = chains / "whole" / "index" / "vectors.npy"
+    damaged = bytearray(index.read_bytes())
+    damaged[-1] ^= 1
+    index.write_bytes(bytes(damaged))
+    said = run_chain(chains, "whole")
+    assert "was changed after it was published" in said.replace("\n", " ")
+    assert said.count("unchanged") >= 6
+    assert rows(chains / "whole") == rows(chains / "killed")
+
+
+def test_recommend_prints_the_object_of_the_endpoint(chains: Path) -> None:
+    arguments = ("recommend", "--run", str(chains / "whole"), "--user", "405", "--k", "5", "--json", "--explain")
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=TIMEOUT, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert set(answer) == {"version", "items", "text"}
+    assert len({item["item_id"] for item in answer["items"]}) == 5
+    assert all(item["title"] for item in answer["items"])
+    scores = [item["score"] for item in answer["items"]]
+    assert scores == sorted(scores, reverse=True)
+    assert answer["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--user", "405", "--k", "0"), "--k 0"),
+        (("--user", "nobody"), "nobody"),
+        (("--history", "1,no-such-item"), "no-such-item"),
+    ],
+)
+def test_a_bad_request_is_one_line(chains: Path, arguments: tuple[str, ...], message: str) -> None:
+    full = ("recommend", "--run", str(chains / "killed"), *arguments)
+    done = subprocess.run(command(*full), capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

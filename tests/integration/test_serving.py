@@ -1,0 +1,246 @@
+"""`ctd serve` over a whole run: its answers are those of the chain in one process, and its errors are short.
+
+One server for the module, in a process of its own, as it is started by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from tiny_run import LOST_USER, make_tiny_run
+
+from ctd_scale.artifacts import Run
+from ctd_scale.recommender import Recommender
+from ctd_scale.serving.schema import response_object
+
+pytestmark = pytest.mark.slow
+
+START_S, TIMEOUT_S = 300, 5
+CTD = [sys.executable, "-c", "from ctd_scale.cli import main; main()"]
+RECOMMEND = "/v1/recommend"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `ctd serve`."""
+
+    process: subprocess.Popen[str]
+    client: httpx.Client
+
+    def post(self, **request: Any) -> httpx.Response:
+        return self.client.post(RECOMMEND, json=request)
+
+    def replica(self, deployment: str) -> psutil.Process:
+        """The process of a deployment's only replica."""
+        (found,) = (
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if child.name().startswith("ray::") and f":{deployment}" in "".join(child.cmdline())
+        )
+        return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_tiny_run(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="module")
+def recommender(run: Run) -> Recommender:
+    return Recommender(run)
+
+
+@pytest.fixture(scope="module")
+def server(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serves the tiny run from another folder than this one; ends it, if no test did, by SIGTERM."""
+    ray_folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: socket paths are limited
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [*CTD, "serve", "--run", "tiny", "--port", "0", "--set", f"serving.request_timeout_s={TIMEOUT_S}.0"]
+    errors = tmp_path_factory.mktemp("logs") / "stderr"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            command,
+            cwd=run.root.parent,
+            env=environment | {"RAY_TMPDIR": ray_folder},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        url = re.search(r"at (http://\S+)", line)
+        assert url is not None, line + errors.read_text()
+        with httpx.Client(base_url=url[1], timeout=60) as client:
+            yield Server(process, client)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+        shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def expected(recommender: Recommender, history: np.ndarray, k: int = 10, **options: bool) -> dict[str, Any]:
+    (answer,) = recommender.recommend([history], k, **options)
+    return response_object(recommender.version, answer, recommender.catalogue)
+
+
+def assert_same(found: httpx.Response, wanted: dict[str, Any]) -> None:
+    assert found.status_code == 200, found.text
+    answer = found.json()
+    for one, other in zip(answer["items"], wanted["items"], strict=True):
+        assert (one["item_id"], one["title"]) == (other["item_id"], other["title"])
+        assert one["score"] == pytest.approx(other["score"], abs=1e-6)
+    assert (answer["version"], answer["text"]) == (wanted["version"], wanted["text"])
+
+
+def test_health_and_documentation(server: Server, recommender: Recommender) -> None:
+    assert server.client.get("/healthz").json() == {"status": "ok", "version": recommender.version}
+    assert server.client.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize("options", [{}, {"explain": True}, {"exclude_seen": False, "k": 3}, {"k": 50}])
+@pytest.mark.parametrize("items", [[0], [3, 1, 2], [7, 7, 7, 39], list(range(20))])
+def test_a_history_is_answered_as_in_one_process(
+    server: Server, recommender: Recommender, items: list[int], options: dict[str, Any]
+) -> None:
+    found = server.post(history=[f"i{item}" for item in items], **options)
+    assert_same(found, expected(recommender, np.array(items, np.int32), **options))
+    if options.get("exclude_seen", True):
+        assert not {f"i{item}" for item in items} & {item["item_id"] for item in found.json()["items"]}
+
+
+@pytest.mark.parametrize("explain", [False, True])
+@pytest.mark.parametrize("user", [0, 11, 42])
+def test_a_user_is_answered_as_in_one_process(
+    server: Server, recommender: Recommender, user: int, explain: bool
+) -> None:
+    found = server.post(user_id=f"u{user}", k=7, explain=explain)
+    assert_same(found, expected(recommender, recommender.log.full_history(user), 7, explain=explain))
+    assert bool(found.json()["text"]) == explain
+
+
+def test_requests_that_come_together_are_answered_as_alone(server: Server, recommender: Recommender) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda user: server.post(user_id=f"u{user}", explain=user % 2 == 0), range(24)))
+    for user, response in enumerate(found):
+        history = recommender.log.full_history(user)
+        assert_same(response, expected(recommender, history, explain=user % 2 == 0))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ('{"history": ["i1"', 400, "body: not JSON at character 17"),
+        ("{}", 422, "give exactly one of history and user_id"),
+        ('{"history": ["i1"], "user_id": "u1"}', 422, "give exactly one of history and user_id"),
+        ('{"history": []}', 422, "history: is empty, expected at least one item id"),
+        ('{"history": ["i1", "x", "\\ud800"]}', 422, r"history: unknown item ids 'x', '\ud800'"),
+        (f'{{"user_id": "{LOST_USER}"}}', 422, f"user_id: {LOST_USER!r} has no interactions; give a history instead"),
+        ('{"user_id": "u1", "k": 51}', 422, "k: expected at most 50"),
+        ('{"user_id": "u1", "k": 0}', 422, "k: Input should be greater than or equal to 1"),
+        ('{"user_id": "u1", "k": NaN}', 422, "k: Input should be a valid integer"),
+        ('{"user_id": "u1", "k": 1e400}', 422, "k: Input should be a valid integer"),
+        ('{"user_id": "u1", "top_k": 5}', 422, "top_k: Extra inputs are not permitted"),
+        (
+            '{"history": [' + ", ".join(['"i1"'] * 21) + "]}",
+            422,
+            "history: 21 items, expected at most 20",
+        ),
+        ('{"user_id": "u9999"}', 404, "user_id: 'u9999' is not in the interaction log; give a history instead"),
+        ('{"user_id": "\\udfff"}', 404, r"user_id: '\udfff' is not in the interaction log; give a history instead"),
+        (" " * 4097, 413, "body: expected at most 4096 bytes"),
+    ],
+)
+def test_what_cannot_be_answered_is_explained(server: Server, body: str, status: int, message: str) -> None:
+    response = server.client.post(RECOMMEND, content=body.encode(), headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()) == (status, {"error": message})
+
+
+def test_a_body_that_does_not_tell_its_length_is_limited_too(server: Server) -> None:
+    pieces = (b" " * 512 for _ in range(20))
+    response = server.client.post(RECOMMEND, content=pieces, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()) == (413, {"error": "body: expected at most 4096 bytes"})
+
+
+def test_other_paths_and_methods(server: Server) -> None:
+    found = server.client.get("/nothing"), server.client.get(RECOMMEND)
+    assert [(each.status_code, each.json()) for each in found] == [
+        (404, {"error": "Not Found"}),
+        (405, {"error": "Method Not Allowed"}),
+    ]
+
+
+def test_a_step_that_hangs_fills_the_queue_and_times_out(server: Server) -> None:
+    replica = server.replica("Preference")
+    replica.suspend()
+    try:
+        started = time.monotonic()
+        with ThreadPoolExecutor(16) as threads:
+            found = list(threads.map(lambda user: server.post(user_id=f"u{user}"), range(16)))
+        assert time.monotonic() - started < 3 * TIMEOUT_S
+        assert server.client.get("/healthz").status_code == 200
+    finally:
+        replica.resume()
+    errors = {503: {"error": "too busy, try again later"}, 504: {"error": f"no answer within {TIMEOUT_S} s"}}
+    assert all(response.json() == errors[response.status_code] for response in found)
+    counts = Counter(response.status_code for response in found)
+    # Two in progress and six in the queue wait for an answer; whoever comes later is sent away.
+    assert counts[503] >= 8
+    assert counts[504] >= 6
+    assert server.post(user_id="u1").status_code == 200
+
+
+def test_a_taken_port_is_refused(run: Run) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [*CTD, "serve", "--run", str(run.root), "--port", str(port)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+    assert ended.returncode == 2
+    assert f"error: cannot listen on 127.0.0.1 port {port}: Address already in use" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_damaged_run_is_refused(run: Run, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run.root, damaged)
+    with (damaged / "models/diffusion/denoiser.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    ended = subprocess.run(
+        [*CTD, "serve", "--run", str(damaged)], capture_output=True, text=True, timeout=START_S, check=False
+    )
+    assert ended.returncode == 2
+    assert "models/diffusion" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_sigterm_ends_it_cleanly(server: Server) -> None:
+    """The last test: what follows finds no server."""
+    replica = server.replica("App")
+    server.process.send_signal(signal.SIGTERM)
+    output, _ = server.process.communicate(timeout=60)
+    assert (server.process.returncode, output) == (0, "")
+    with pytest.raises(httpx.TransportError):
+        server.client.get("/healthz")
+    psutil.wait_procs([replica], timeout=30)
+    assert not replica.is_running()

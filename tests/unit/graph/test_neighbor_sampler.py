@@ -1,0 +1,192 @@
+"""Sampled blocks: what they may hold, that their sum is unbiased, and what a minibatch is a function of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctd_scale.config import GraphConfig
+from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch, steps_per_epoch
+from ctd_scale.graph.stream import stream_minibatches
+
+# Four users and three items with cycles of length 4 and 6, so that paths of three hops return.
+PAIRS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
+
+
+def random_graph(seed: int, users: int = 12, items: int = 15, share: float = 0.3) -> BipartiteGraph:
+    pairs = np.argwhere(np.random.default_rng(seed).random((users, items)) < share)
+    return BipartiteGraph.from_edges(pairs[:, 0], pairs[:, 1], users, items)
+
+
+def minibatch(graph: BipartiteGraph, step: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> Minibatch:
+    return make_minibatch(
+        NeighborSampler(graph, (3, 2)), seed=seed, step=step, batch_size=10, rank=rank, world_size=world_size
+    )
+
+
+def assert_equal(left: Minibatch, right: Minibatch) -> None:
+    for name in ("users", "positives", "negatives", "nodes"):
+        a, b = getattr(left, name), getattr(right, name)
+        assert a.dtype == b.dtype
+        assert np.array_equal(a, b), name
+    assert left.num_seeds == right.num_seeds
+    assert len(left.blocks) == len(right.blocks)
+    for one, other in zip(left.blocks, right.blocks, strict=True):
+        assert one.num_targets == other.num_targets
+        for name in ("sources", "targets", "weights"):
+            assert getattr(one, name).dtype == getattr(other, name).dtype
+            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+def triples(batch: Minibatch) -> list[tuple[int, ...]]:
+    return list(zip(*(batch.nodes[part].tolist() for part in (batch.users, batch.positives, batch.negatives)), strict=True))
+
+
+# -- neighbourhoods ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 6), min_size=1, max_size=3))
+def test_drawn_neighbours_are_distinct_neighbours_with_unbiased_weights(seed: int, fanout: list[int]) -> None:
+    graph = random_graph(seed % 100)
+    random = np.random.default_rng(seed)
+    seeds = random.permutation(graph.num_nodes)[:5]
+    nodes, blocks = NeighborSampler(graph, tuple(fanout)).sample(seeds, random)
+    assert nodes[: len(seeds)].tolist() == seeds.tolist()
+    assert len(set(nodes.tolist())) == len(nodes)
+    assert blocks[-1].num_targets == len(seeds)
+    for inner, outer in zip(blocks, blocks[1:], strict=False):  # an outer hop reads what the inner one made
+        assert outer.sources.max(initial=0) < inner.num_targets
+    for block, limit in zip(reversed(blocks), fanout, strict=True):
+        drawn: dict[int, list[int]] = {node: [] for node in nodes[: block.num_targets].tolist()}
+        for source, target, weight in zip(block.sources, block.targets, block.weights, strict=True):
+            node, neighbor = int(nodes[target]), int(nodes[source])
+            drawn[node].append(neighbor)
+            degree = graph.degrees[node]
+            scale = degree / min(degree, limit)
+            assert weight == pytest.approx(scale / np.sqrt(degree * graph.degrees[neighbor]))
+        for node, neighbors in drawn.items():
+            everyone = graph.neighbors[graph.offsets[node] : graph.offsets[node + 1]].tolist()
+            assert len(neighbors) == len(set(neighbors)) == min(limit, len(everyone))
+            assert set(neighbors) <= set(everyone)
+
+
+@pytest.mark.parametrize("fanout", [(1,), (2,), (2, 1), (1, 2), (2, 1, 1), (1, 2, 2)])
+def test_the_sampled_sum_is_unbiased(fanout: tuple[int, ...]) -> None:
+    copies, users, items = 20_000, 4, 3
+    # Disjoint copies of one tiny graph: one call draws 20,000 times.
+    pairs = np.array(PAIRS)
+    every = np.concatenate([pairs + copy * np.array([users, items]) for copy in range(copies)])
+    graph = BipartiteGraph.from_edges(every[:, 0], every[:, 1], copies * users, copies * items)
+    values = np.random.default_rng(0).standard_normal(users + items)
+    layer0 = np.concatenate([np.tile(values[:users], copies), np.tile(values[users:], copies)])
+
+    random = np.random.default_rng(1)
+    seeds = np.arange(graph.num_nodes)
+    nodes, blocks = NeighborSampler(graph, fanout).sample(seeds, random)
+    layer = layer0[nodes]
+    for block in blocks:
+        layer = np.bincount(block.targets, block.weights * layer[block.sources], minlength=block.num_targets)
+    estimates = np.concatenate(
+        [layer[: copies * users].reshape(copies, users), layer[copies * users :].reshape(copies, items)], axis=1
+    )
+
+    tiny = BipartiteGraph.from_edges(pairs[:, 0], pairs[:, 1], users, items)
+    adjacency = np.zeros((users + items, users + items))
+    adjacency[pairs[:, 0], users + pairs[:, 1]] = adjacency[users + pairs[:, 1], pairs[:, 0]] = 1
+    adjacency /= np.sqrt(np.outer(tiny.degrees, tiny.degrees))
+    exact = np.linalg.matrix_power(adjacency, len(fanout)) @ values
+    error = estimates.std(axis=0) / np.sqrt(copies)
+    assert error.max() < 0.02, "too noisy to tell a bias"
+    assert error.max() > 0, "nothing was sampled"
+    assert (np.abs(estimates.mean(axis=0) - exact) <= 4.5 * error + 1e-6).all()
+
+
+# -- minibatches ---------------------------------------------------------------------------------------------
+
+
+def test_a_minibatch_depends_on_seed_step_and_rank_alone() -> None:
+    graph = random_graph(0)
+    used = NeighborSampler(graph, (3, 2))
+    arguments = {"seed": 0, "batch_size": 10, "world_size": 2}
+    for step in (9, 3, 5):
+        make_minibatch(used, step=step, rank=1, **arguments)
+    again = make_minibatch(used, step=4, rank=0, **arguments)
+    assert_equal(again, minibatch(graph, 4, rank=0, world_size=2))
+    for other in (
+        minibatch(graph, 5, world_size=2),
+        minibatch(graph, 4, seed=1, world_size=2),
+        minibatch(graph, 4, rank=1, world_size=2),
+    ):
+        assert triples(other) != triples(again)
+
+
+@given(st.integers(0, 20), st.integers(2, 4))
+def test_ranks_together_hold_what_one_rank_holds(step: int, world_size: int) -> None:
+    graph = random_graph(1)
+    alone = triples(minibatch(graph, step))
+    shared = [triples(minibatch(graph, step, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert sorted(alone) == sorted(triple for part in shared for triple in part)
+
+
+def test_every_edge_comes_at_most_once_per_epoch_and_the_remainder_changes() -> None:
+    graph = random_graph(2)
+    steps = steps_per_epoch(graph.num_edges, 10)
+    assert graph.num_edges % 10, "the test needs a remainder"
+    missed = []
+    for epoch in range(3):
+        seen = [
+            triple[:2] for step in range(steps) for triple in triples(minibatch(graph, epoch * steps + step))
+        ]
+        assert len(seen) == len(set(seen)) == steps * 10
+        every = set(zip(*(part.tolist() for part in graph.edge(np.arange(graph.num_edges))), strict=True))
+        assert set(seen) < every
+        missed.append(every - set(seen))
+    assert missed[0] != missed[1] != missed[2]
+
+
+def test_negatives_are_never_positives() -> None:
+    graph = random_graph(3, users=30, items=200, share=0.1)
+    for step in range(20):
+        users, _, negatives = (np.array(part) for part in zip(*triples(minibatch(graph, step)), strict=True))
+        assert (negatives >= graph.num_users).all()
+        assert not graph.has_edge(users, negatives).any()
+
+
+def test_a_user_who_has_everything_does_not_stall() -> None:
+    graph = random_graph(4, users=3, items=4, share=1.1)
+    negatives = minibatch(graph, 0).nodes[minibatch(graph, 0).negatives]
+    assert ((negatives >= 3) & (negatives < 7)).all()
+
+
+def test_an_epoch_smaller_than_a_batch_is_one_step() -> None:
+    graph = random_graph(5, users=2, items=3, share=1.1)
+    assert steps_per_epoch(graph.num_edges, 10) == 1
+    assert len(triples(minibatch(graph, 7))) == 6
+
+
+def test_a_minibatch_travels_through_arrow() -> None:
+    graph = random_graph(6)
+    batches = [minibatch(graph, step) for step in range(4)]
+    assert_equal(Minibatch.from_arrow(batches[0].to_arrow()), batches[0])
+    table = pa.concat_tables(batch.to_arrow() for batch in batches)
+    for index, batch in enumerate(batches):  # Ray Data cuts rows out of larger tables
+        assert_equal(Minibatch.from_arrow(table.slice(index, 1)), batch)
+        assert_equal(Minibatch.from_arrow(table.combine_chunks().slice(index, 1)), batch)
+
+
+def test_a_stream_in_process_gives_the_asked_for_steps(tmp_path: Path) -> None:
+    graph = random_graph(7)
+    graph.save(tmp_path)
+    config = GraphConfig(fanout=(3, 2), batch_size=10, streaming="in_process")
+    arguments = {"seed": 0, "rank": 1, "world_size": 2}
+    streamed = list(stream_minibatches(config, str(tmp_path), start=2, stop=5, **arguments))
+    assert len(streamed) == 3
+    for step, batch in zip(range(2, 5), streamed, strict=True):
+        assert_equal(batch, minibatch(graph, step, rank=1, world_size=2))
+    assert list(stream_minibatches(config, str(tmp_path), start=5, stop=5, **arguments)) == []

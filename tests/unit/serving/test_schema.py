@@ -1,0 +1,93 @@
+"""Raw ids to histories, and recommendations to the answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.recommender import Recommendation
+from ctd_scale.serving.schema import (
+    Directory,
+    RecommendRequest,
+    RecommendResponse,
+    RequestError,
+    UnknownUserError,
+    response_object,
+)
+
+CATALOGUE = Catalogue(["a", "b", "c"], ["Alpha", "Bêta", "Gamma"], ["", "", ""])
+
+
+@pytest.fixture
+def directory() -> Directory:
+    log = InteractionLog(
+        offsets=np.array([0, 3, 3]), items=np.array([2, 0, 2], np.int32), user_ids=["ann", "bob"], catalogue=CATALOGUE
+    )
+    return Directory(log)
+
+
+def test_a_user_stands_for_everything_known_of_him(directory: Directory) -> None:
+    found = directory.history(user_id="ann")
+    assert found.dtype == np.int32
+    assert found.tolist() == [2, 0, 2]
+
+
+def test_item_ids_keep_their_order_and_repeats(directory: Directory) -> None:
+    found = directory.history(history=["c", "a", "a", "b"])
+    assert found.dtype == np.int32
+    assert found.tolist() == [2, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give exactly one of history and user_id"),
+        ({"user_id": "ann", "history": ["a"]}, "give exactly one of history and user_id"),
+        ({"history": []}, "history: is empty, expected at least one item id"),
+        ({"history": ["a", "x", "y", "x"]}, "history: unknown item ids 'x', 'y'"),
+        ({"history": list("stuvwxyz")}, "history: unknown item ids 's', 't', 'u', 'v', 'w' and 3 more"),
+        ({"history": ["x" * 500]}, f"history: unknown item ids '{'x' * 64}'"),
+        ({"history": ["\ud800"]}, r"history: unknown item ids '\ud800'"),
+        ({"user_id": "eve"}, "user_id: 'eve' is not in the interaction log; give a history instead"),
+        ({"user_id": "bob"}, "user_id: 'bob' has no interactions; give a history instead"),
+    ],
+)
+def test_what_cannot_be_resolved_is_named(directory: Directory, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        directory.history(**given)
+    assert str(caught.value) == message
+    assert isinstance(caught.value, UnknownUserError) == ("not in the interaction log" in message)
+
+
+def test_the_answer_holds_ids_titles_and_scores_best_first() -> None:
+    recommendation = Recommendation([1, 2], [0.75, 0.5], "something")
+    answer = response_object("v1", recommendation, CATALOGUE)
+    assert answer == {
+        "version": "v1",
+        "items": [
+            {"item_id": "b", "title": "Bêta", "score": 0.75},
+            {"item_id": "c", "title": "Gamma", "score": 0.5},
+        ],
+        "text": "something",
+    }
+    # What the endpoint documents is what it sends, key for key.
+    assert json.loads(RecommendResponse(**answer).model_dump_json()) == answer
+
+
+def test_defaults_of_a_request() -> None:
+    request = RecommendRequest.model_validate_json('{"history": ["a"]}')
+    assert (request.k, request.exclude_seen, request.explain, request.user_id) == (10, True, False, None)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"k": 0}, {"k": "3"}, {"k": 2.5}, {"k": True}, {"explain": 1}, {"history": [1]}, {"user_id": 7}, {"top_k": 3}],
+)
+def test_a_request_is_taken_at_its_word(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        RecommendRequest.model_validate(given)
