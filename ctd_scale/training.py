@@ -140,11 +140,15 @@ def world_size() -> int:
 
 def prepare_worker(arguments: Mapping[str, Any], seed: int) -> torch.device:
     """Seeds, thread count and device of this worker. Oversubscribed threads cost a factor of ten on CPU."""
-    resources = StageResources.model_validate(arguments["resources"])
-    torch.set_num_threads(resources.threads_per_worker or max(1, (os.cpu_count() or 1) // world_size()))
+    torch.set_num_threads(threads_per_worker(StageResources.model_validate(arguments["resources"])))
     seed_all(seed)
     device: torch.device = ray.train.torch.get_device()
     return device
+
+
+def threads_per_worker(resources: StageResources) -> int:
+    """Threads of one of the stage's workers: what is set, or an equal share of this machine's cores."""
+    return resources.threads_per_worker or max(1, (os.cpu_count() or 1) // resources.num_workers)
 
 
 def seed_all(seed: int) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tensors are tiny here, and threads that wait for each other cost more than they give
 
 # Shapes and types of the maths are checked on every call. The hook only sees modules imported after it.
 CHECKED = [
@@ -81,10 +81,14 @@ class OneWorker:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.restart()
+
+    def restart(self, die_at: int = 0) -> None:
+        """Forget everything; the next run starts anew and is killed right after its checkpoint `die_at` (1-based)."""
         self.checkpoints: list[Path] = []
         self.steps: list[int] = []
         self.curves: list[dict[str, float]] = []
-        self.die_at: int | None = None
+        self.die_at = die_at
 
     def run(self, loop: Callable[[dict[str, Any]], None], arguments: dict[str, Any]) -> Path:
         """Run a loop to its end; returns what it exported."""
@@ -93,16 +97,15 @@ class OneWorker:
 
     def run_training(self, loop: Callable[[dict[str, Any]], None], arguments: Any, **_: Any) -> Path:
         """What replaces `training.run_training`: always a fresh start."""
-        self.checkpoints.clear()
+        self.restart()
         return self.run(loop, arguments)
 
     def report_checkpoint(self, metrics: Any, write: Callable[[Path], None], *, every_rank: bool = False) -> None:
-        folder = self.folder / f"checkpoint-{len(self.checkpoints)}"
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
         write(folder)
         self.checkpoints.append(folder)
         if self.die_at == len(self.checkpoints):
-            self.die_at = None
+            self.die_at = 0
             raise KeyboardInterrupt
 
     @contextmanager

@@ -5,7 +5,6 @@ The condition that diffusion trains on and the one it meets when it serves come 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +40,7 @@ def export_preferences(run: Run, config: RunConfig, config_hash: str) -> None:
         "interactions": str(interactions.path),
         "tokens": str(tokens.path),
         "llm": str(llm.path),
-        "workers": config.resources.llm.num_workers,
+        "threads": training.threads_per_worker(config.resources.llm),
     }
     with run.publish("preferences", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         table = _infer(log, maker, config, run.root / "logs" / "preferences")
@@ -95,8 +94,8 @@ def _infer(log: InteractionLog, maker: dict[str, Any], config: RunConfig, logs: 
 class PredictPreferences:
     """A Ray Data actor that holds the model and reads rows by number."""
 
-    def __init__(self, config: dict[str, Any], interactions: str, tokens: str, llm: str, workers: int) -> None:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    def __init__(self, config: dict[str, Any], interactions: str, tokens: str, llm: str, threads: int) -> None:
+        torch.set_num_threads(threads)
         self._config = LLMConfig.model_validate(config)
         log = InteractionLog.load(Path(interactions))
         self._model = PreferenceModel(Path(llm), NodeArrays.load(Path(tokens)), log.catalogue, self._config)

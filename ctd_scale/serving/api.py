@@ -28,6 +28,8 @@ from ctd_scale.serving.schema import (
 
 Answer = Callable[[RecommendRequest], Awaitable[dict[str, Any]]]
 
+# A queue is full, or no replica is there (yet, or any more).
+OVERLOAD = (BackPressureError, DeploymentUnavailableError, RayActorError)
 MAX_PROBLEMS = 3
 STATUSES = {
     400: "the body is not JSON",
@@ -43,7 +45,7 @@ def make_api(answer: Answer, version: str, config: ServingConfig) -> FastAPI:
     """The endpoint around `answer`, which may raise RequestError and what Ray Serve raises under load."""
     api = FastAPI(title="ctd-scale", version=__version__, description="Generative recommendation.")
     api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    _add_error_handlers(api, config)
+    _add_error_handlers(api)
 
     @api.get("/healthz")
     async def healthz() -> Health:
@@ -56,7 +58,12 @@ def make_api(answer: Answer, version: str, config: ServingConfig) -> FastAPI:
     @api.post("/v1/recommend", response_model=RecommendResponse, responses=documented)
     async def recommend(request: RecommendRequest) -> dict[str, Any]:
         check_limits(request, config)
-        return await asyncio.wait_for(answer(request), config.request_timeout_s)
+        try:
+            return await asyncio.wait_for(answer(request), config.request_timeout_s)
+        except asyncio.TimeoutError:
+            raise HTTPException(504, f"no answer within {config.request_timeout_s:g} s") from None
+        except OVERLOAD as error:  # not by a handler: Ray Serve puts its own in its place
+            raise HTTPException(503, "too busy, try again later", {"Retry-After": "1"}) from error
 
     return api
 
@@ -90,19 +97,14 @@ class BodyLimit:
         await self._app(scope, limited if scope["type"] == "http" else receive, send)
 
 
-def _add_error_handlers(api: FastAPI, config: ServingConfig) -> None:
-    def handle(error: type[Exception], status: int, message: str | None = None, **headers: str) -> None:
-        async def handler(_: Request, raised: Exception) -> JSONResponse:
-            return _error(status, message or str(raised), headers)
+def _add_error_handlers(api: FastAPI) -> None:
+    @api.exception_handler(RequestError)
+    async def refused(_: Request, raised: RequestError) -> JSONResponse:
+        return _error(404 if isinstance(raised, UnknownUserError) else 422, str(raised))
 
-        api.add_exception_handler(error, handler)
-
-    handle(RequestError, 422)
-    handle(UnknownUserError, 404)
-    handle(asyncio.TimeoutError, 504, f"no answer within {config.request_timeout_s:g} s")
-    for overload in (BackPressureError, DeploymentUnavailableError, RayActorError):
-        handle(overload, 503, "too busy, try again later", **{"Retry-After": "1"})
-    handle(Exception, 500, "internal error")
+    @api.exception_handler(Exception)
+    async def failed(_: Request, raised: Exception) -> JSONResponse:
+        return _error(500, "internal error")
 
     @api.exception_handler(HTTPException)
     async def http(_: Request, raised: HTTPException) -> JSONResponse:

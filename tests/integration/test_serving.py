@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -84,14 +85,18 @@ def server(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
             stderr=stderr,
             text=True,
         )
+    too_late = threading.Timer(START_S, process.kill)
+    too_late.start()
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
+        too_late.cancel()
         url = re.search(r"at (http://\S+)", line)
         assert url is not None, line + errors.read_text()
         with httpx.Client(base_url=url[1], timeout=60) as client:
             yield Server(process, client)
     finally:
+        too_late.cancel()
         process.terminate()
         process.communicate(timeout=60)
         shutil.rmtree(ray_folder, ignore_errors=True)

@@ -86,11 +86,7 @@ def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(tmp_path: Path, one_
     steps = one_worker.steps.copy()
     assert steps == list(range(1, 4 * (graph.num_edges // 32) + 1))
 
-    one_worker.checkpoints.clear()
-    one_worker.folder = tmp_path / "killed"
-    one_worker.folder.mkdir()
-    one_worker.steps.clear()
-    one_worker.die_at = 2
+    one_worker.restart(die_at=2)
     with pytest.raises(KeyboardInterrupt):
         one_worker.run(train_loop, arguments)
     assert one_worker.steps == steps[:10]

@@ -1,0 +1,179 @@
+"""Which prefixes are trained and exported, how batches are cut, and how many steps a schedule has."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctd_scale.config import LLMConfig
+from ctd_scale.llm.collator import Collator
+from ctd_scale.llm.prompts import make_prompts
+from ctd_scale.llm.train import make_plan, warmup_then_linear, window_row
+from ctd_scale.llm.windows import Windows, export_windows, plan_batches, training_windows
+
+LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+SIZES = st.integers(1, 12)
+
+
+def supervised(windows: Windows) -> list[tuple[int, int]]:
+    """(user, position of the last item read) of every preference that the windows ask for."""
+    return [
+        (int(user), position)
+        for user, start, length, first in zip(
+            windows.users, windows.starts, windows.lengths, windows.firsts, strict=True
+        )
+        for position in range(start + first, start + length)
+    ]
+
+
+def every_prefix(lengths: list[int]) -> list[tuple[int, int]]:
+    """Of n items, n - 1 prefixes have a successor."""
+    return [(user, position) for user, length in enumerate(lengths) for position in range(length - 1)]
+
+
+@given(LENGTHS, SIZES, st.integers(0, 99), st.integers(0, 3))
+def test_an_epoch_trains_every_prefix_exactly_once(lengths: list[int], size: int, seed: int, epoch: int) -> None:
+    windows = training_windows(np.array(lengths), LLMConfig(max_history=size), seed, epoch)
+    assert sorted(supervised(windows)) == every_prefix(lengths)
+    assert windows.lengths.max(initial=0) <= size
+
+
+@given(LENGTHS, SIZES)
+def test_the_export_gives_every_prefix_exactly_once_after_a_real_history(lengths: list[int], size: int) -> None:
+    windows = export_windows(np.array(lengths), LLMConfig(max_history=size))
+    assert sorted(supervised(windows)) == every_prefix(lengths)
+    assert windows.lengths.max(initial=0) <= size
+    assert not windows.answers.any()
+    for user, start, length, first in zip(windows.users, windows.starts, windows.lengths, windows.firsts, strict=True):
+        assert 0 <= start
+        assert start + length < lengths[user], "the item after the window must exist"
+        for position in range(start + first, start + length):
+            assert position - start >= min(position, size // 2)
+
+
+@given(LENGTHS, SIZES, st.integers(1, 3), st.integers(0, 9))
+def test_max_windows_keeps_the_latest(lengths: list[int], size: int, count: int, seed: int) -> None:
+    config = LLMConfig(max_history=size, max_windows=count)
+    windows = training_windows(np.array(lengths), config, seed, 0)
+    exported = export_windows(np.array(lengths), config)
+    for user, length in enumerate(lengths):
+        trained = sorted(position for owner, position in supervised(windows) if owner == user)
+        assert trained == list(range(length - 1))[len(range(length - 1)) - len(trained) :]
+        assert (windows.users == user).sum() <= count
+        assert len(trained) >= min(length - 1, (count - 1) * size + 1)
+        given_out = sorted(position for owner, position in supervised(exported) if owner == user)
+        assert given_out == list(range(length - 1))[-count * size :]
+
+
+def test_cuts_move_from_epoch_to_epoch_and_are_repeatable() -> None:
+    lengths, config = np.full(20, 40), LLMConfig(max_history=10)
+    starts = [training_windows(lengths, config, 0, epoch).starts.tolist() for epoch in range(3)]
+    assert starts[0] != starts[1] != starts[2]
+    assert training_windows(lengths, config, 0, 1).starts.tolist() == starts[1]
+    assert training_windows(lengths, config, 1, 1).starts.tolist() != starts[1]
+
+
+def test_a_share_of_the_windows_carries_an_answer() -> None:
+    lengths = np.full(2000, 5)
+    share = training_windows(lengths, LLMConfig(text_every=4), 0, 0).answers.mean()
+    assert share == pytest.approx(0.25, abs=4.5 * (0.25 * 0.75 / 2000) ** 0.5)
+    assert training_windows(lengths, LLMConfig(text_every=1), 0, 0).answers.all()
+    assert not training_windows(lengths, LLMConfig(text_every=1, text_weight=0.0), 0, 0).answers.any()
+
+
+# -- batches -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 120), st.integers(1, 4), st.integers(0, 9))
+def test_batches_hold_every_window_once_within_the_token_bound(
+    sizes: list[int], batch_tokens: int, workers: int, seed: int
+) -> None:
+    array = np.array(sizes)
+    batches = plan_batches(array, batch_tokens, workers, np.random.default_rng(seed))
+    assert sorted(index for batch in batches for index in batch.tolist()) == list(range(len(sizes)))
+    for batch in batches:
+        padded = len(batch) * int(array[batch].max())
+        if len(sizes) >= workers:
+            assert len(batch) >= workers
+        # Only what no worker may go without breaks the bound: one window each, and a remainder too small to be shared.
+        shortest = np.sort(array[batch])[: max(workers, len(batch) - workers + 1)]
+        assert padded <= batch_tokens or len(batch) <= workers or len(shortest) * shortest[-1] <= max(
+            batch_tokens, workers * shortest[-1]
+        )
+        if workers == 1:
+            assert padded <= batch_tokens or len(batch) == 1
+
+
+def test_windows_of_like_size_share_a_batch() -> None:
+    random = np.random.default_rng(0)
+    sizes = random.integers(10, 400, 500)
+    batches = plan_batches(sizes, 4000, 2, random)
+    padded = sum(len(batch) * int(sizes[batch].max()) for batch in batches)
+    assert padded < 1.1 * sizes.sum()
+    longest = [int(sizes[batch].max()) for batch in batches]
+    assert longest != sorted(longest), "batches come in random order"
+
+
+# -- plan and schedule ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def collator(tiny_chain: Any, text_tokenizer: Any) -> Collator:
+    return Collator(make_prompts(text_tokenizer, tiny_chain.log.catalogue, 6), tiny_chain.tokens.items)
+
+
+@pytest.mark.parametrize(("epochs", "workers", "batch_tokens"), [(1, 1, 300), (3, 2, 500), (2, 3, 10_000)])
+def test_the_plan_says_how_many_steps_there_are(
+    tiny_chain: Any, collator: Collator, epochs: int, workers: int, batch_tokens: int
+) -> None:
+    config = LLMConfig(max_history=5, epochs=epochs, batch_tokens=batch_tokens)
+    plan = make_plan(tiny_chain.log, collator, config, seed=0, workers=workers)
+    steps = []
+    for step in itertools.count():
+        try:
+            steps.append(plan.step(step))
+        except IndexError:
+            break
+    assert len(steps) == plan.total_steps > 0
+    # Each epoch, every training prefix of every user, with its successor.
+    log = tiny_chain.log
+    read: list[tuple[int, int, int]] = []
+    for windows, numbers in steps:
+        for row in (window_row(log, windows, int(number)) for number in numbers):
+            read += [(row.user, int(item), int(target)) for item, target in zip(row.items, row.targets, strict=True)]
+            assert row.answer_item in (-1, row.targets[-1])
+    sequences = [log.train_sequence(user).tolist() for user in range(log.num_users)]
+    expected = [(user, *pair) for user, sequence in enumerate(sequences) for pair in itertools.pairwise(sequence)]
+    assert sorted(read) == sorted(expected * epochs)
+
+
+def test_window_rows_ask_only_for_their_own_prefixes(tiny_chain: Any) -> None:
+    log = tiny_chain.log
+    windows = export_windows(log.train_lengths(), LLMConfig(max_history=5))
+    rows = [window_row(log, windows, index) for index in range(len(windows))]
+    assert any(row.first > 0 for row in rows)
+    for row in rows:
+        assert row.first + len(row.targets) == len(row.items)
+        sequence = log.train_sequence(row.user).tolist()
+        assert row.targets.tolist()[:-1] == row.items.tolist()[row.first + 1 :]
+        assert (str(row.items.tolist())[1:-1] + f", {row.targets[-1]}") in str(sequence)
+
+
+@given(st.integers(1, 3000), st.floats(0, 1))
+def test_the_learning_rate_stays_positive_warms_up_and_ends_at_its_floor(total: int, share: float) -> None:
+    factor = warmup_then_linear(LLMConfig(warmup_fraction=share), total)
+    rates = np.array([factor(step) for step in range(total)])
+    assert (rates > 0).all()
+    assert rates.max() <= 1
+    warmup = max(1, int(share * total))
+    assert (np.diff(rates[warmup - 1 :]) <= 0).all()
+    assert rates[0] == pytest.approx(1 / warmup)
+    assert rates[-1] == pytest.approx(max(0.05, 1 / total))
+    middle = total // 2
+    if warmup <= middle:
+        assert rates[middle] == pytest.approx(max(0.05, 1 - middle / total))
