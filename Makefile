@@ -2,8 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Passed to every `pip install`, such as an index with smaller CPU builds of torch:
-#   make quickstart PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Passed to every `pip install`, such as --find-links with a smaller CPU build of torch.
 PIP_FLAGS ?=
 # Passed to `ctd quickstart` and to pytest.
 ARGS ?=

@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,13 +119,14 @@ class Run:
             filesystem.makedirs(base, exist_ok=True)
             filesystem.pipe_file(f"{base}/run.toml", text.encode())
 
-    def read_config(self) -> RunConfig:
+    def read_config(self, overrides: Sequence[str] = ()) -> RunConfig:
+        """The frozen config, with overrides on top."""
         local = self.root / "run.toml"
         if not self.is_local:
             self.root.mkdir(parents=True, exist_ok=True)
             filesystem, base = fsspec.url_to_fs(self.url)
             local.write_bytes(filesystem.cat_file(f"{base}/run.toml"))
-        return load_config(local)
+        return load_config(local, overrides)
 
     # -- reading ---------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class InteractionLog:
     Users with fewer than three interactions are training only.
     """
 
-    offsets: Int64[ndarray, "users+1"]
+    offsets: Int64[ndarray, "offsets"]
     items: Int32[ndarray, "interactions"]
     user_ids: list[str]
     catalogue: Catalogue

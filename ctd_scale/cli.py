@@ -121,7 +121,7 @@ def evaluate_command(run: RunOption, overrides: SetOption = None) -> None:
     from ctd_scale.pipeline import run_stage, stage_named
 
     opened = Run.open(run)
-    settings = load_config(opened.root / "run.toml", overrides or ())
+    settings = opened.read_config(overrides or ())
     run_stage(stage_named("calibrate_ranking"), opened, settings)
     run_stage(stage_named("evaluate"), opened, settings)
     for report in read_reports(opened):
@@ -171,7 +171,7 @@ def serve(
     from ctd_scale.serving.app import serve_run
 
     opened = Run.open(run)
-    settings = load_config(opened.root / "run.toml", overrides or ())
+    settings = opened.read_config(overrides or ())
     serve_run(
         opened,
         settings,

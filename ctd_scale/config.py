@@ -201,6 +201,14 @@ class ServingConfig(Section):
     max_history: Positive = 500
     max_body_bytes: Positive = 1_000_000
 
+    @model_validator(mode="after")
+    def _replicas_in_order(self) -> ServingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"serving.min_replicas={self.min_replicas} is above serving.max_replicas={self.max_replicas}"
+            )
+        return self
+
 
 class StageResources(Section):
     """On which machines a stage runs; never part of what it learns."""

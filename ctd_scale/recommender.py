@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,7 +144,7 @@ class Recommender:
         artifacts = load_artifacts(run)
         self.config = run.read_config()
         self.log = InteractionLog.load(artifacts["interactions"].path)
-        self.version = artifacts["ranking"].digest[:12]
+        self.version = version_of(artifacts)
         self.preference = load_preference(artifacts, self.config)
         self.density = load_density(artifacts, self.config)
         self.retrieve = load_retrieve(artifacts, self.config)
@@ -194,6 +196,12 @@ def load_artifacts(run: Run) -> dict[str, Artifact]:
     for name, artifact in found.items():
         run.require_made_from(artifact, *(other for other in found.values() if other.name != name))
     return found
+
+
+def version_of(artifacts: Mapping[str, Artifact]) -> str:
+    """Identity of everything that shapes an answer: 12 hex digits over the artifacts' digests."""
+    digests = json.dumps({name: artifacts[name].digest for name in ARTIFACTS})
+    return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 
 def load_preference(artifacts: dict[str, Artifact], config: RunConfig) -> PreferenceModel:

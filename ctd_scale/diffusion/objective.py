@@ -33,8 +33,8 @@ def unit_variance(vectors: Float[Tensor, "*batch cond_dim"]) -> Float[Tensor, "*
 
 def add_noise(
     sample: Float[Tensor, "*batch cond_dim"],
-    noise: Float[Tensor, "*batch cond_dim"],
-    alpha: Float[Tensor, "*batch 1"],
+    noise: Float[Tensor, "*#batch cond_dim"],
+    alpha: Float[Tensor, "*#batch 1"],
 ) -> Float[Tensor, "*batch cond_dim"]:
     """`x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`."""
     return alpha.sqrt() * sample + (1 - alpha).sqrt() * noise

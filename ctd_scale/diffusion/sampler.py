@@ -54,8 +54,11 @@ def generate(
         if config.guidance != 1.0:
             without = denoiser(sample, timesteps, shared, nobody)
             output = without + config.guidance * (output - without)
-        sample = scheduler.step(output, timestep, sample).prev_sample
-    return sample
+        outcome = scheduler.step(output, timestep, sample)
+        sample = outcome.prev_sample
+    # Where the steps do not divide the chain, DDIM's last one ends a trace above no noise; x_0 itself is meant.
+    clean: torch.Tensor = getattr(outcome, "pred_original_sample", sample)
+    return clean
 
 
 def error_probes(

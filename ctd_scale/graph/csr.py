@@ -18,8 +18,8 @@ class BipartiteGraph:
 
     num_users: int
     num_items: int
-    offsets: Int64[ndarray, "nodes+1"]
-    neighbors: Int32[ndarray, "2*edges"]
+    offsets: Int64[ndarray, "offsets"]
+    neighbors: Int32[ndarray, "neighbors"]
 
     @classmethod
     def from_edges(

@@ -68,7 +68,7 @@ class Collator:
         return np.array(
             [
                 len(prompts.head)
-                + (self.num_ways if self.user_tokens is not None else 0)
+                + (self.num_ways if self.user_tokens is not None and row.user >= 0 else 0)
                 + int(self.block_sizes[row.items].sum())
                 + (len(prompts.tail) + len(prompts.answer(row.answer_item)) if row.answer_item >= 0 else 0)
                 for row in rows

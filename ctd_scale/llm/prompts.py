@@ -33,9 +33,9 @@ class Prompts:
     head: Int32[ndarray, "head"]
     tail: Int32[ndarray, "tail"]
     titles: Int32[ndarray, "title_ids"]
-    title_offsets: Int64[ndarray, "items+1"]
+    title_offsets: Int64[ndarray, "offsets"]
     answers: Int32[ndarray, "answer_ids"]
-    answer_offsets: Int64[ndarray, "items+1"]
+    answer_offsets: Int64[ndarray, "offsets"]
     pad_id: int
     eos_id: int
 
@@ -86,7 +86,7 @@ def _render_frame(text_tokenizer: Any) -> tuple[Int32[ndarray, "head"], Int32[nd
 
 def _tokenize(
     text_tokenizer: Any, texts: Sequence[str], limit: int, end: int | None = None
-) -> tuple[Int32[ndarray, "ids"], Int64[ndarray, "texts+1"]]:
+) -> tuple[Int32[ndarray, "ids"], Int64[ndarray, "offsets"]]:
     """Ids of all texts, one after the other, and where each begins. Special tokens in a text are split into plain
     ones; any that is left is dropped."""
     special = set(text_tokenizer.all_special_ids)

@@ -25,8 +25,8 @@ def export_model(folder: Path, model: PreferenceLM, trained: dict[str, torch.Ten
     for module in lm.modules():
         if hasattr(module, "merge") and hasattr(module, "base_layer"):
             module.merge()
-    plain = _without_lora(lm)
-    lm.to(dtype).save_pretrained(folder / BACKBONE, state_dict=plain)
+    lm.to(dtype)
+    lm.save_pretrained(folder / BACKBONE, state_dict=_without_lora(lm))
     heads = {
         name: value.detach().float().contiguous()
         for name, value in model.state_dict().items()

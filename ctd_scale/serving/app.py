@@ -56,6 +56,12 @@ def build_app(run: Run, config: RunConfig) -> serve.Application:
     return serve.deployment(**ingress)(App).bind(*release, preference, denoise, retrieve)
 
 
+def build_from_args(args: dict[str, str]) -> serve.Application:
+    """Entry point of a Serve config file: `import_path: ctd_scale.serving.app:build_from_args`, args `{run: URL}`."""
+    run = Run.open(args["run"])
+    return build_app(run, run.read_config())
+
+
 def serve_run(run: Run, config: RunConfig, *, host: str, port: int, blocking: bool = True) -> str:
     """Serve a run at http://host:port (port 0 = any free one) until Ctrl-C or SIGTERM; returns the URL.
 

@@ -32,6 +32,7 @@ from ctd_scale.recommender import (
     load_density,
     load_preference,
     load_retrieve,
+    version_of,
 )
 from ctd_scale.serving.api import make_api
 from ctd_scale.serving.schema import Directory, RecommendRequest, response_object
@@ -132,7 +133,7 @@ class App:
         log = InteractionLog.load(artifacts["interactions"].path)
         self._catalogue, self._directory = log.catalogue, Directory(log)
         self._ranking = load_rankings(artifacts["ranking"].path)["full_text"]
-        self._version = artifacts["ranking"].digest[:12]
+        self._version = version_of(artifacts)
         self._config = config.serving
         self._preference, self._denoise, self._retrieve = preference, denoise, retrieve
 

@@ -66,7 +66,9 @@ def rows(run: Path) -> list[dict[str, object]]:
 
 def test_a_killed_run_ends_with_the_same_models_and_metrics(chains: Path) -> None:
     for artifact in ("interactions", "embeddings", "tokens", "models/llm", "preferences", "models/diffusion"):
-        assert manifest(chains / "killed", artifact)["digest"] == manifest(chains / "whole", artifact)["digest"], artifact
+        assert manifest(chains / "killed", artifact)["digest"] == manifest(chains / "whole", artifact)["digest"], (
+            artifact
+        )
     assert rows(chains / "killed") == rows(chains / "whole")
 
 

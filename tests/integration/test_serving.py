@@ -34,7 +34,7 @@ from ctd_scale.serving.schema import response_object
 
 pytestmark = pytest.mark.slow
 
-START_S, TIMEOUT_S = 300, 5
+START_S, TIMEOUT_S = 600, 5
 CTD = [sys.executable, "-c", "from ctd_scale.cli import main; main()"]
 RECOMMEND = "/v1/recommend"
 

@@ -120,9 +120,7 @@ def test_top_k_is_a_stable_full_sort_cut_short(scores: np.ndarray, k: int) -> No
     ids, best = top_k(scores, k)
     assert ids.shape == best.shape == (len(scores), k)
     for row, row_ids, row_best in zip(scores, ids, best, strict=True):
-        order = [item for item in sorted(range(len(row)), key=lambda item: -row[item]) if row[item] > -INF][
-            :k
-        ]
+        order = [item for item in sorted(range(len(row)), key=lambda item: -row[item]) if row[item] > -INF][:k]
         padding = k - len(order)
         assert row_ids.tolist() == order + [-1] * padding
         assert row_best.tolist() == [*row[order], *[-INF] * padding]

@@ -55,9 +55,7 @@ def test_full_fanout_is_whole_graph_propagation(graph: BipartiteGraph, num_layer
 
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
-def test_exact_propagation_in_chunks_is_dense_propagation(
-    graph: BipartiteGraph, num_layers: int, chunk: int
-) -> None:
+def test_exact_propagation_in_chunks_is_dense_propagation(graph: BipartiteGraph, num_layers: int, chunk: int) -> None:
     layer0 = np.random.default_rng(3).standard_normal((graph.num_nodes, DIM)).astype(np.float32)
     before = layer0.copy()
     published = propagate(graph, layer0, num_layers, chunk)

@@ -45,7 +45,9 @@ def assert_equal(left: Minibatch, right: Minibatch) -> None:
 
 
 def triples(batch: Minibatch) -> list[tuple[int, ...]]:
-    return list(zip(*(batch.nodes[part].tolist() for part in (batch.users, batch.positives, batch.negatives)), strict=True))
+    return list(
+        zip(*(batch.nodes[part].tolist() for part in (batch.users, batch.positives, batch.negatives)), strict=True)
+    )
 
 
 # -- neighbourhoods ------------------------------------------------------------------------------------------
@@ -140,9 +142,7 @@ def test_every_edge_comes_at_most_once_per_epoch_and_the_remainder_changes() -> 
     assert graph.num_edges % 10, "the test needs a remainder"
     missed = []
     for epoch in range(3):
-        seen = [
-            triple[:2] for step in range(steps) for triple in triples(minibatch(graph, epoch * steps + step))
-        ]
+        seen = [triple[:2] for step in range(steps) for triple in triples(minibatch(graph, epoch * steps + step))]
         assert len(seen) == len(set(seen)) == steps * 10
         every = set(zip(*(part.tolist() for part in graph.edge(np.arange(graph.num_edges))), strict=True))
         assert set(seen) < every

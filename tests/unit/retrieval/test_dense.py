@@ -114,9 +114,7 @@ def test_scann_does_not_search_everything(scann: ScannIndex) -> None:
     assert scann.settings.reorder < scann.settings.items / 20
 
 
-def test_scann_answers_exact_cosines_descending(
-    scann: ScannIndex, catalogue: np.ndarray, queries: np.ndarray
-) -> None:
+def test_scann_answers_exact_cosines_descending(scann: ScannIndex, catalogue: np.ndarray, queries: np.ndarray) -> None:
     ids, cosines = scann.search(queries, 10)
     exact = np.einsum("qc,qkc->qk", queries, catalogue[ids])
     assert np.allclose(cosines, exact, atol=1e-5)
@@ -129,9 +127,7 @@ def test_scann_finds_a_planted_item(scann: ScannIndex, catalogue: np.ndarray) ->
     assert np.allclose(cosines, 1, atol=1e-5)
 
 
-def test_scann_saved_moved_and_loaded_answers_alike(
-    scann: ScannIndex, queries: np.ndarray, tmp_path: Path
-) -> None:
+def test_scann_saved_moved_and_loaded_answers_alike(scann: ScannIndex, queries: np.ndarray, tmp_path: Path) -> None:
     scann.save(tmp_path / "here")
     shutil.move(tmp_path / "here", tmp_path / "there")
     loaded = ScannIndex.load(tmp_path / "there")

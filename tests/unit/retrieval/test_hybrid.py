@@ -150,9 +150,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
 @given(situations())
 def test_search_equals_brute_force_over_the_whole_catalogue(given: dict[str, Any]) -> None:
     vectors, k = given["vectors"], given["k"]
-    ids, scores = retriever(vectors, given["pi"]).search(
-        given["queries"], given["matches"], given["excluded"], k
-    )
+    ids, scores = retriever(vectors, given["pi"]).search(given["queries"], given["matches"], given["excluded"], k)
     assert ids.shape == scores.shape == (len(given["queries"]), k)
     for user, query in enumerate(unit_vectors(given["queries"])):
         expected = vectors @ query
@@ -178,9 +176,7 @@ def test_a_batch_equals_its_singles(given: dict[str, Any]) -> None:
     for user in range(len(pools)):
         one = slice(user, user + 1)
         ids = pools[one, pools[user] >= 0]
-        assert np.array_equal(
-            hybrid.cosines(given["queries"][one, None], ids), cosines[one][..., pools[user] >= 0]
-        )
+        assert np.array_equal(hybrid.cosines(given["queries"][one, None], ids), cosines[one][..., pools[user] >= 0])
 
 
 @settings(deadline=None)

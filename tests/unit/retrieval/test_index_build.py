@@ -19,9 +19,7 @@ NONE = np.empty(0, dtype=np.int32)
 
 def catalogue(items: int = ITEMS) -> Catalogue:
     ids = [str(item) for item in range(items)]
-    return Catalogue(
-        ids, [f"Title{item}" for item in ids], ["even" if int(i) % 2 == 0 else "odd" for i in ids]
-    )
+    return Catalogue(ids, [f"Title{item}" for item in ids], ["even" if int(i) % 2 == 0 else "odd" for i in ids])
 
 
 def item_vectors() -> np.ndarray:

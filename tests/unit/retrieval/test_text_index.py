@@ -45,9 +45,7 @@ def test_an_answer_matches_the_title_that_it_names_first(index: TextIndex) -> No
     assert set(found(index, answer)) == {"Heat", "Ocean's Eleven", "The Heat of the Night"}
 
 
-@pytest.mark.parametrize(
-    "title", ["It", "1984", "Amélie", "AMÉLIE", "Schindlers List", "schindler\u2019s list"]
-)
+@pytest.mark.parametrize("title", ["It", "1984", "Amélie", "AMÉLIE", "Schindlers List", "schindler\u2019s list"])
 def test_lone_and_odd_titles_are_found(index: TextIndex, title: str) -> None:
     (ids,) = index.matches([title], 5)
     assert len(ids) == 1

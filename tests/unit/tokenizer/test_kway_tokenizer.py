@@ -55,7 +55,9 @@ def test_scaling_keeps_the_angles_between_centred_embeddings(model: KWayTokenize
     assert scaled.square().mean().item() == pytest.approx(1, abs=1e-4)
     centred = raw - raw.mean(dim=0)
     assert torch.allclose(
-        torch.cosine_similarity(scaled[:50], scaled[50:]), torch.cosine_similarity(centred[:50], centred[50:]), atol=1e-5
+        torch.cosine_similarity(scaled[:50], scaled[50:]),
+        torch.cosine_similarity(centred[:50], centred[50:]),
+        atol=1e-5,
     )
 
 

@@ -1,0 +1,303 @@
+"""The preference is causal: one pass gives what one prompt per prefix gives, alone or in a batch, with or without an
+answer after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctd_scale.config import ConfigError, LLMConfig
+from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_causal_lm
+from ctd_scale.llm.collator import Collator, Row
+from ctd_scale.llm.inference import PreferenceModel
+from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
+from ctd_scale.llm.model import PreferenceLM, TokenAdapter, build_preference_lm, word_scale
+from ctd_scale.llm.train import initial_vectors, new_model, parameter_groups
+from ctd_scale.llm.weights import BACKBONE, export_model, load_model, load_vectors, temperature
+
+HISTORY = np.array([3, 17, 4, 4, 9])
+
+
+@pytest.fixture(scope="module")
+def served(tiny_chain: Any) -> PreferenceModel:
+    model: PreferenceModel = tiny_chain.preference()
+    return model
+
+
+def prefix_row(items: list[int] | np.ndarray, answer: int = -1) -> Row:
+    return Row(np.asarray(items), np.zeros(len(items), np.int64), answer)
+
+
+@torch.no_grad()
+def preferences(served: PreferenceModel, rows: list[Row], length: int | None = None) -> np.ndarray:
+    return served.model.preferences(served.collator(rows, length)).numpy()
+
+
+# -- causality -----------------------------------------------------------------------------------------------
+
+
+def test_later_items_do_not_change_earlier_preferences(served: PreferenceModel) -> None:
+    one = preferences(served, [prefix_row(HISTORY)])
+    other = preferences(served, [prefix_row([3, 17, 4, 0, 12])])
+    assert np.allclose(one[:3], other[:3], atol=1e-5)
+    assert (np.abs(one[3:] - other[3:]).max(axis=1) > 1e-2).all()
+
+
+def test_neither_answer_nor_padding_changes_a_preference(served: PreferenceModel) -> None:
+    alone = preferences(served, [prefix_row(HISTORY)])
+    for answer in (0, 5):
+        assert np.allclose(preferences(served, [prefix_row(HISTORY, answer)]), alone, atol=1e-5)
+    longer = int(served.collator.sizes([prefix_row(HISTORY)])[0]) + 40
+    assert np.allclose(preferences(served, [prefix_row(HISTORY)], longer), alone, atol=1e-5)
+
+
+def test_one_pass_gives_what_one_prompt_per_prefix_gives(served: PreferenceModel) -> None:
+    (together,) = served.prefix_preferences([prefix_row(HISTORY)])
+    apart = np.concatenate([served([HISTORY[: end + 1]]) for end in range(len(HISTORY))])
+    assert together.shape == (5, 12)
+    assert np.allclose(together, apart, atol=1e-4)
+    assert np.abs(together[1:] - together[:-1]).max(axis=1).min() > 1e-2, "every item says something"
+
+
+def test_a_batch_is_its_singles_in_the_order_given(served: PreferenceModel) -> None:
+    random = np.random.default_rng(0)
+    # More than one bucket, of unlike length, also longer than max_history.
+    histories = [random.integers(0, 20, length) for length in random.integers(1, 9, 40)]
+    batch = served(histories)
+    singles = np.concatenate([served([history]) for history in histories])
+    assert batch.dtype == np.float32
+    assert np.allclose(batch, singles, atol=1e-5)
+    cut = np.concatenate([served([history[-5:]]) for history in histories])
+    assert np.allclose(singles, cut, atol=1e-5), "the latest max_history items are read"
+    assert served([]).shape == (0, 12)
+
+
+def test_title_and_tokens_of_an_item_are_both_read(served: PreferenceModel, tiny_chain: Any) -> None:
+    batch = served.collator([prefix_row(HISTORY)])
+    with torch.no_grad():
+        before = served.model.preferences(batch)
+        batch.token_values[0] += 1
+        by_tokens = served.model.preferences(batch)
+        batch = served.collator([prefix_row(HISTORY)])
+        batch.input_ids[0, len(served.collator.prompts.head)] += 1
+        by_title = served.model.preferences(batch)
+    assert (by_tokens - before).abs().max() > 1e-3
+    assert (by_title - before).abs().max() > 1e-3
+
+
+def test_an_empty_history_is_refused(served: PreferenceModel) -> None:
+    with pytest.raises(ValueError, match="history 1 is empty"):
+        served([HISTORY, HISTORY[:0]])
+
+
+# -- texts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_decoded_greedily_alone_and_in_a_batch(served: PreferenceModel, text_tokenizer: Any) -> None:
+    histories = [HISTORY[:1], HISTORY, HISTORY[1:3]]
+    texts = served.texts(histories)
+    assert texts == [served.texts([history])[0] for history in histories]
+    lm, prompts = served.model.lm, served.collator.prompts
+    for history, text in zip(histories, texts, strict=True):
+        with torch.no_grad():  # one token at a time, no cache, no padding
+            embedded = served.model.embed(served.collator([prefix_row(history)]))
+            tail = lm.get_input_embeddings()(torch.tensor(prompts.tail, dtype=torch.long))[None]
+            embedded = torch.cat([embedded, tail], dim=1)
+            ids: list[int] = []
+            while len(ids) < 6 and prompts.eos_id not in ids:
+                ids.append(int(lm(inputs_embeds=embedded).logits[0, -1].argmax()))
+                embedded = torch.cat([embedded, lm.get_input_embeddings()(torch.tensor([[ids[-1]]]))], dim=1)
+        assert text == " ".join(text_tokenizer.decode(ids, skip_special_tokens=True).split())
+    assert any(texts)
+
+
+def test_a_text_without_a_known_user_reads_no_padding(tiny_chain: Any, served: PreferenceModel) -> None:
+    """With user tokens on, a request without a user is read as if they were off."""
+    with_users = PreferenceModel(
+        tiny_chain.folder,
+        tiny_chain.tokens,
+        tiny_chain.log.catalogue,
+        tiny_chain.config.model_copy(update={"use_user_tokens": True}),
+    )
+    rows = [prefix_row(HISTORY), prefix_row(HISTORY[:2])]
+    expected, expected_mask = served._left_padded(rows)
+    got, mask = with_users._left_padded(rows)
+    assert torch.equal(mask, expected_mask)
+    assert torch.equal(got, expected)
+
+
+# -- losses --------------------------------------------------------------------------------------------------
+
+
+def test_the_losses_of_a_batch_by_hand(served: PreferenceModel) -> None:
+    rows = [
+        Row(np.array([3, 17, 4]), np.array([17, 4, 9]), answer_item=9),
+        Row(np.array([5, 6]), np.array([7])),
+    ]
+    batch = served.collator(rows)
+    model, prompts = served.model, served.collator.prompts
+    with torch.no_grad():
+        got, got_text = model(batch)
+        sampled, _ = model(batch, torch.tensor([1, 2, 17]))
+        vectors = model.preferences(batch)
+        targets = torch.tensor([17, 4, 9, 7])
+        head = (model.head.vectors, targets, model.head.temperature)
+        logits = model.lm(inputs_embeds=model.embed(batch)).logits[0].log_softmax(dim=-1)
+    assert got.item() == pytest.approx(softmax_loss(vectors, *head).sum().item(), rel=1e-5)
+    expected = sampled_softmax_loss(vectors, *head, torch.tensor([1, 2, 17])).sum().item()
+    assert sampled.item() == pytest.approx(expected, rel=1e-5)
+    answer = prompts.answer(9)
+    end = int(served.collator.sizes(rows)[0])
+    terms = [logits[end - len(answer) + place - 1, token] for place, token in enumerate(answer.tolist())]
+    assert got_text.item() == pytest.approx(-float(sum(terms)), rel=1e-4)
+
+
+def test_continuous_tokens_come_at_the_scale_of_words(backbone: Path) -> None:
+    lm = load_causal_lm(backbone)
+    adapter = TokenAdapter(32, word_scale(lm))
+    words = lm.get_input_embeddings().weight
+    for size in (0.01, 1, 100):
+        adapted = adapter(size * torch.randn(50, 32))
+        assert adapted.square().mean().sqrt().item() == pytest.approx(words.square().mean().sqrt().item(), rel=0.01)
+    assert torch.equal(adapter(torch.zeros(2, 32)), torch.zeros(2, 32)), "a dropped token stays empty"
+
+
+# -- what is trained -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("item_vectors", ["learned", "collaborative"])
+def test_what_is_trained(backbone: Path, trainable: Any, item_vectors: Any) -> None:
+    config = LLMConfig(num_hidden_layers=1, trainable=trainable, item_vectors=item_vectors, preference_dim=8)
+    embeddings = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    model = new_model(config, backbone, embeddings, seed=0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any("embed_tokens" in name or "lm_head" in name for name in trained)
+    of_lm = {name for name in trained if name.startswith("lm.")}
+    assert of_lm
+    assert all("lora_" in name for name in of_lm) == (trainable == "lora")
+    fresh = {"adapter.scale", "adapter.correction.weight", "head.project.weight", "head.log_temperature"}
+    assert trained - of_lm == fresh | ({"head.vectors"} if item_vectors == "learned" else set())
+    backbone_group, fresh_group = parameter_groups(model, config)
+    assert (backbone_group["lr"], fresh_group["lr"]) == (config.learning_rate, config.head_learning_rate)
+    assert len(backbone_group["params"]) == len(of_lm)
+    assert len(fresh_group["params"]) == len(trained - of_lm)
+
+
+def test_item_vectors_start_at_the_collaborative_embeddings() -> None:
+    embeddings = 3 + torch.randn(50, 8)
+    collaborative = initial_vectors(embeddings, LLMConfig(item_vectors="collaborative", preference_dim=8))
+    assert torch.allclose(collaborative, F.normalize(embeddings, dim=1))
+    learned = initial_vectors(embeddings, LLMConfig(preference_dim=8))
+    centred = embeddings - embeddings.mean(dim=0)
+    assert torch.allclose(F.normalize(learned, dim=1), F.normalize(centred, dim=1), atol=1e-5)
+    assert initial_vectors(embeddings, LLMConfig(preference_dim=5)).shape == (50, 5)
+
+
+# -- published weights ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_an_exported_model_gives_the_same_preferences(
+    tmp_path: Path, backbone: Path, tiny_chain: Any, served: PreferenceModel, trainable: Any
+) -> None:
+    config = LLMConfig(num_hidden_layers=1, trainable=trainable, preference_dim=8, lora_rank=2)
+    embeddings = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+    model = new_model(config, backbone, embeddings, seed=0)
+    with torch.no_grad():  # "training": also LoRA's B, which starts at zero
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    batch = served.collator([prefix_row(HISTORY), prefix_row([7, 7], answer=1)])
+    with torch.no_grad():
+        expected, expected_loss = model.preferences(batch), model(batch)
+        untrained = new_model(config, backbone, embeddings, seed=0)
+        assert (untrained.preferences(batch) - expected).abs().max() > 1e-2
+    export_model(tmp_path, new_model(config, backbone, embeddings, seed=0), trained, torch.float32)
+    loaded = load_model(tmp_path, torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(loaded.preferences(batch), expected, atol=1e-4)
+        for got, wanted in zip(loaded(batch), expected_loss, strict=True):
+            assert got.item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert not any("lora" in name for name, _ in loaded.named_parameters())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert np.array_equal(load_vectors(tmp_path), trained["head.vectors"].numpy())
+    assert temperature(tmp_path) == pytest.approx(float(trained["head.log_temperature"].exp()))
+
+
+def test_a_model_is_published_in_the_dtype_asked_for(tmp_path: Path, backbone: Path) -> None:
+    from safetensors.torch import load_file
+
+    config = LLMConfig(num_hidden_layers=1, preference_dim=8)
+    export_model(tmp_path, new_model(config, backbone, np.eye(8, dtype=np.float32), seed=0), {}, torch.bfloat16)
+    stored = load_file(tmp_path / BACKBONE / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    assert load_causal_lm(tmp_path / BACKBONE, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+# -- backbones -----------------------------------------------------------------------------------------------
+
+
+def tiny(architecture: str) -> Any:
+    import transformers
+
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    extra = {"head_dim": 8, "sliding_window": 16} if architecture == "Gemma2" else {}
+    config = getattr(transformers, f"{architecture}Config")(**sizes, **extra)
+    return getattr(transformers, f"{architecture}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Gemma2"])
+def test_any_causal_lm_will_do_and_may_be_cut(tmp_path: Path, served: PreferenceModel, architecture: str) -> None:
+    torch.manual_seed(0)
+    whole = tiny(architecture).eval()
+    whole.save_pretrained(tmp_path)
+    assert hidden_size(tmp_path) == 32
+    assert backbone_folder(LLMConfig(backbone=str(tmp_path))) == tmp_path
+    cut = load_causal_lm(tmp_path, num_hidden_layers=3).eval()
+    assert len(cut.base_model.layers) == 3
+    for name, value in cut.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+    assert len(load_causal_lm(tmp_path).base_model.layers) == 4
+    with pytest.raises(ConfigError, match=r"llm\.num_hidden_layers=5 but the backbone has 4"):
+        load_causal_lm(tmp_path, num_hidden_layers=5)
+
+    model = build_preference_lm(cut, torch.randn(20, 8), 0.1, learn_vectors=True).eval()
+    small = Collator(served.collator.prompts, served.collator.item_tokens)
+    batch = small([prefix_row(HISTORY, answer=3), prefix_row(HISTORY[:2])])
+    batch.input_ids.clamp_(max=299)
+    batch.answer_ids.clamp_(max=299)
+    preference, text = model(batch)
+    (preference + text).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    with torch.no_grad():
+        alone = small([prefix_row(HISTORY)])
+        alone.input_ids.clamp_(max=299)
+        assert torch.allclose(model.preferences(alone), model.preferences(batch)[:5], atol=1e-4)
+        assert model.preferences(batch).isfinite().all()
+
+
+def test_a_backbone_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"llm\.backbone=.* is neither 'smollm2-135m' nor a folder"):
+        backbone_folder(LLMConfig(backbone=str(tmp_path)))
+
+
+def test_the_word_embeddings_are_frozen(backbone: Path) -> None:
+    model: PreferenceLM = build_preference_lm(load_causal_lm(backbone), torch.randn(4, 8), 0.1, True)
+    assert not model.lm.get_input_embeddings().weight.requires_grad
+    assert model.head.temperature.item() == pytest.approx(0.1)
