@@ -128,7 +128,7 @@ class LLMConfig(Section):
     checkpoint_every_steps: Positive = 100
     generate_texts: bool = True
     max_new_tokens: Positive = 32
-    inference_batch: Positive = 16
+    inference_batch: Positive = 64
 
 
 class DiffusionConfig(Section):

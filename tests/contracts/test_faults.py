@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy import ndarray
 
+from ctd_scale.artifacts import Run
 from ctd_scale.batches import Catalogue, InteractionLog
-from ctd_scale.config import DiffusionConfig, LLMConfig
+from ctd_scale.config import DiffusionConfig, LLMConfig, load_config
 from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses
 from ctd_scale.diffusion.sampler import make_scheduler
 from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.train import train_graph
 from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.prompts import make_prompts
-from ctd_scale.llm.train import Plan, warmup_then_linear
+from ctd_scale.llm.train import Plan, make_plan, warmup_then_linear
 from ctd_scale.llm.windows import export_windows, training_windows
 from ctd_scale.retrieval.dense import ExactIndex, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever, hybrid_scores
 from ctd_scale.retrieval.text import TextIndex
 from ctd_scale.tokenizer.kway import KWayTokenizer, draw_mask
+from ctd_scale.tokenizer.train import tokenize
 
 
 def denoiser(cond_dim: int = 8) -> Denoiser:
@@ -89,6 +95,11 @@ def test_fault_3_the_mask_is_drawn_per_element_and_only_in_training() -> None:
     assert torch.equal(rows, untouched)
     assert torch.equal(model.encode(rows), model.encode(rows))
     torch.testing.assert_close(model.encode(rows[:1]), model.encode(rows)[:1])
+    published = torch.from_numpy(tokenize(model.train(), rows.numpy()))
+    torch.testing.assert_close(published, model.encode(rows))
+    one = mask.clone()
+    one[1:] = False  # the mask of the first sample is its own
+    torch.testing.assert_close(model.encode(rows, one)[1:], model.encode(rows)[1:])
 
 
 def test_fault_4_the_condition_never_sees_the_answer(tiny_chain: Any) -> None:
@@ -106,6 +117,52 @@ def test_fault_4_the_condition_never_sees_the_answer(tiny_chain: Any) -> None:
         spoken = model.model.preferences(collator([Row(history, np.array([9]), answer_item=9)]))
     torch.testing.assert_close(plain, spoken, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(model([history]), read[0], rtol=1e-5, atol=1e-5)  # what serving computes
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_fault_4_training_evaluation_and_serving_read_the_same_condition(
+    tiny_chain: Any, tmp_path: Path, split: Any
+) -> None:
+    """What is exported for diffusion to train on is, for every history, what a request gets; whatever followed it."""
+    from ctd_scale.llm.export import ORDER, PredictPreferences, jobs
+
+    def exported(log: InteractionLog, name: str) -> dict[tuple[str, int], list[tuple[int, ndarray]]]:
+        folders = [tmp_path / name / part for part in ("interactions", "tokens")]
+        for folder, part in zip(folders, (log, tiny_chain.tokens), strict=True):
+            folder.mkdir(parents=True)
+            part.save(folder)
+        actor = PredictPreferences(
+            {**tiny_chain.config.model_dump(), "generate_texts": False},
+            interactions=str(folders[0]),
+            tokens=str(folders[1]),
+            llm=str(tiny_chain.folder),
+            threads=1,
+        )
+        count = sum(len(jobs(log, part, tiny_chain.config)) for part in ORDER)
+        found: dict[tuple[str, int], list[tuple[int, ndarray]]] = {}
+        for row in actor({"id": np.arange(count)}).to_pylist():
+            key = (ORDER[row["split"]], row["user_index"])
+            found.setdefault(key, []).append((row["target_index"], np.array(row["preference"])))
+        return found
+
+    log: InteractionLog = tiny_chain.log
+    users = log.split_users()
+    targets = log.offsets[users + 1] - (2 if split == "validation" else 1)
+    items = np.array(log.items)
+    items[targets] = (items[targets] + 1) % log.num_items
+    before, after = exported(log, "before"), exported(replace(log, items=items), "after")
+    serve = tiny_chain.preference()
+    for user in users.tolist():
+        ((target, vector),), ((other, same),) = before[split, user], after[split, user]
+        assert other != target
+        np.testing.assert_array_equal(vector, same)
+        np.testing.assert_allclose(vector, serve([log.history(user, split)])[0], rtol=1e-4, atol=1e-5)
+    for user in range(log.num_users):
+        sequence = log.train_sequence(user)
+        trained = before.get(("train", user), [])
+        assert [target for target, _ in trained] == sequence[1:].tolist()
+        for end, (_, vector) in enumerate(trained[: tiny_chain.config.max_history], start=1):
+            np.testing.assert_allclose(vector, serve([sequence[:end]])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_fault_5_the_text_score_depends_on_the_text_and_only_raises() -> None:
@@ -154,6 +211,28 @@ def test_fault_6_no_withheld_edge_is_in_the_graph() -> None:
     assert graph.num_edges == int(log.train_lengths().sum())
 
 
+def test_fault_6_published_embeddings_do_not_know_withheld_edges(tmp_path: Path, one_worker: Any) -> None:
+    """The stage as it runs: other targets change neither the graph nor a single embedding."""
+    log = random_log()
+    users = log.split_users()
+    items = np.array(log.items)
+    for back in (1, 2):
+        items[log.offsets[users + 1] - back] = (items[log.offsets[users + 1] - back] + 7) % log.num_items
+    settings = ["graph.embed_dim=4", "graph.epochs=1", "graph.batch_size=16", 'graph.streaming="in_process"']
+    published = []
+    for name, each in (("before", log), ("after", replace(log, items=items))):
+        run = Run(str(tmp_path), name)
+        with run.publish("interactions", config_hash="", inputs={}) as folder:
+            each.save(folder)
+        train_graph(run, load_config(overrides=settings), "")
+        published.append(run)
+    first, second = ({name: run.fetch(name) for name in ("graph", "embeddings")} for run in published)
+    assert first["graph"].digest == second["graph"].digest
+    assert first["embeddings"].digest == second["embeddings"].digest
+    graph = BipartiteGraph.load(first["graph"].path)
+    assert graph.num_edges == int(log.train_lengths().sum())
+
+
 def test_fault_7_every_prefix_is_used_with_its_own_target() -> None:
     """Suffix augmentation repeated one target."""
     log = random_log()
@@ -171,8 +250,23 @@ def test_fault_7_every_prefix_is_used_with_its_own_target() -> None:
         assert used == wanted
 
 
-def test_fault_8_the_schedule_knows_the_true_number_of_steps() -> None:
+def test_fault_8_the_schedule_knows_the_true_number_of_steps(tiny_chain: Any, text_tokenizer: Any) -> None:
     """A schedule built on `max_steps = -1` never warms up and never decays."""
+    log = tiny_chain.log
+    collator = Collator(make_prompts(text_tokenizer, log.catalogue, 4), tiny_chain.tokens.items)
+    config = LLMConfig(epochs=30, max_history=5, batch_tokens=400)
+    made = make_plan(log, collator, config, seed=0, workers=2)
+    schedule = warmup_then_linear(config, made.total_steps)
+    done = 0
+    for epoch in range(30):
+        windows = training_windows(log.train_lengths(), config, 0, epoch)
+        seen = 0
+        while seen < len(windows):
+            assert 0 < schedule(done) <= 1
+            seen += len(made.step(done)[1])
+            done += 1
+    assert done == made.total_steps
+    assert schedule(done - 1) == pytest.approx(0.05, rel=0.05)
     windows = training_windows(np.array([5, 6, 7]), LLMConfig(), 0, 0)
     batches = [np.array([0]), np.array([1, 2])]
     plan = Plan([(windows, batches), (windows, batches[:1])])

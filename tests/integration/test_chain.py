@@ -32,10 +32,12 @@ def run_chain(storage: Path, name: str) -> str:
 def kill_in_stage(storage: Path, name: str, stage: str) -> None:
     """Start the chain and SIGKILL it as soon as the stage has a checkpoint."""
     arguments = ("run", "-c", "debug", "--storage", str(storage), "--name", name)
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = storage / f"{name}-{stage}.log"
+    with said.open("w") as file:
+        process = subprocess.Popen(command(*arguments), stdout=file, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + TIMEOUT
     while not list((storage / name / "checkpoints").glob(f"{stage}-*/checkpoint_*")):
-        assert process.poll() is None, f"the run ended before it could be killed in {stage}"
+        assert process.poll() is None, f"the run ended before it could be killed in {stage}:\n{said.read_text()}"
         assert time.monotonic() < deadline, f"no checkpoint in {stage}"
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)

@@ -33,6 +33,12 @@ def publish(run: Run, name: str = "models/llm", content: str = "one", inputs: di
     return run.fetch(name)
 
 
+def publish_half(run: Run, name: str) -> None:
+    with run.publish(name, config_hash="x", inputs={}) as folder:
+        (folder / "a.txt").write_text("half")
+        raise KeyboardInterrupt
+
+
 def other_machine(run: Run, tmp_path: Path) -> Run:
     """The same run, seen with an empty cache."""
     return Run(run.storage, run.name, cache=tmp_path / "elsewhere")
@@ -148,9 +154,8 @@ def test_every_artifact_of_the_chain_has_a_command_that_makes_it() -> None:
 
 def test_an_error_while_writing_leaves_the_old_artifact(run: Run) -> None:
     old = publish(run)
-    with pytest.raises(KeyboardInterrupt), run.publish("models/llm", config_hash="x", inputs={}) as folder:
-        (folder / "a.txt").write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        publish_half(run, "models/llm")
     assert run.fetch("models/llm").digest == old.digest
     assert not list((run.root / ".staging").iterdir())
 
@@ -170,9 +175,8 @@ def test_an_error_before_the_manifest_leaves_the_old_artifact(run: Run, monkeypa
 
 
 def test_a_first_publication_that_is_interrupted_publishes_nothing(run: Run) -> None:
-    with pytest.raises(KeyboardInterrupt), run.publish("index", config_hash="x", inputs={}) as folder:
-        (folder / "a.txt").write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        publish_half(run, "index")
     with pytest.raises(ArtifactError, match="is not published; rerun build_index"):
         run.fetch("index")
 

@@ -155,6 +155,19 @@ def test_text_in_a_title_never_becomes_a_special_token(text_tokenizer: Any, evil
     assert special & set(make_prompts(text_tokenizer, catalogue, 100).head.tolist())
 
 
+def test_a_text_tokenizer_that_cannot_split_special_tokens_loses_them(text_tokenizer: Any) -> None:
+    class Deaf:
+        def __call__(self, texts: list[str], add_special_tokens: bool, split_special_tokens: bool = False) -> Any:
+            return text_tokenizer(texts, add_special_tokens=add_special_tokens)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(text_tokenizer, name)
+
+    prompts = make_prompts(Deaf(), Catalogue(["0"], ["one<|end|>two"], [""]), 100)
+    assert text_tokenizer.decode(prompts.title(0)) == " onetwo"
+    assert prompts.answer(0).tolist().count(text_tokenizer.eos_token_id) == 1
+
+
 # -- token dropout -------------------------------------------------------------------------------------------
 
 

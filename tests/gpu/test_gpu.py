@@ -1,0 +1,87 @@
+"""On a GPU, and in bf16 where that is what runs: the same answers as on the CPU, within the format's precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ctd_scale.config import DiffusionConfig
+from ctd_scale.diffusion.denoiser import Denoiser
+from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
+from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.encoder import LightGCN
+from ctd_scale.graph.sampler import NeighborSampler, make_minibatch
+from ctd_scale.graph.train import minibatch_loss
+from ctd_scale.llm.inference import PreferenceModel
+
+pytestmark = pytest.mark.gpu
+
+CUDA, CPU = "cuda", "cpu"
+
+
+def cosine(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float(torch.cosine_similarity(left.float().cpu(), right.float().cpu(), dim=-1).min())
+
+
+def test_the_encoder_and_its_gradients() -> None:
+    random = np.random.default_rng(0)
+    users, items = random.integers(0, 50, 400), random.integers(0, 40, 400)
+    graph = BipartiteGraph.from_edges(users, items, 50, 40)
+    batch = make_minibatch(NeighborSampler(graph, (4, 3)), seed=0, step=0, batch_size=64, rank=0, world_size=1)
+    losses, gradients = [], []
+    for device in (CPU, CUDA):
+        torch.manual_seed(0)
+        model = LightGCN(graph.num_nodes, 16).to(device)
+        loss = minibatch_loss(model, batch, 1e-4, torch.device(device))
+        loss.backward()
+        losses.append(loss.item())
+        assert model.embedding.weight.grad is not None
+        gradients.append(model.embedding.weight.grad.cpu())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert torch.allclose(gradients[1], gradients[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+def test_the_denoiser_generates_and_judges(sampler: Any) -> None:
+    config = DiffusionConfig(sampler=sampler, hidden_dim=32, guidance=1.5)
+    torch.manual_seed(0)
+    model = Denoiser(16, 32, 2, dropout=0.1).eval()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.modulate.weight, std=0.1)
+    conditions, candidates = torch.randn(5, 16), torch.randn(5, 7, 16)
+    noise, probes = common_noise(4, 16, seed=0), error_probes(config, 16, seed=0)
+    drawn, errors = [], []
+    for device in (CPU, CUDA):
+        model.to(device)
+        drawn.append(generate(model, conditions.to(device), noise, config))
+        errors.append(denoising_errors(model, conditions.to(device), candidates.to(device), *probes, config))
+    assert drawn[1].device.type == errors[1].device.type == CUDA
+    assert torch.allclose(drawn[1].cpu(), drawn[0], atol=1e-3)
+    assert torch.allclose(errors[1].cpu(), errors[0], atol=1e-3)
+    inputs = (torch.randn(5, 16, device=CUDA), torch.arange(5, device=CUDA), conditions.to(CUDA))
+    with torch.no_grad(), torch.autocast(CUDA, torch.bfloat16):
+        half = model(*inputs)
+    with torch.no_grad():
+        assert cosine(half, model(*inputs)) > 0.99
+
+
+@pytest.mark.parametrize(("dtype", "closeness"), [("float32", 0.9999), ("bfloat16", 0.98)])
+def test_the_language_model_reads_and_speaks(tiny_chain: Any, dtype: str, closeness: float) -> None:
+    histories = [np.array([3, 17, 4, 4, 9]), np.array([5]), np.array([0, 1])]
+    folder: Path = tiny_chain.folder
+    config = tiny_chain.config.model_copy(update={"dtype": dtype})
+    made = [
+        PreferenceModel(folder, tiny_chain.tokens, tiny_chain.log.catalogue, settings, torch.device(device))
+        for device, settings in ((CPU, tiny_chain.config), (CUDA, config))
+    ]
+    expected, got = (torch.from_numpy(model(histories)) for model in made)
+    assert got.isfinite().all()
+    assert cosine(got, expected) > closeness
+    texts = made[1].texts(histories)
+    assert len(texts) == 3
+    if dtype == "float32":
+        assert texts == made[0].texts(histories)

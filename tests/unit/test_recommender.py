@@ -1,0 +1,318 @@
+"""Candidates, fused scores and final order, against loops and against the whole catalogue."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from ctd_scale.batches import Catalogue, Ranking
+from ctd_scale.calibrate import ScoredPool, choose_rankings, pool_ndcg
+from ctd_scale.config import RunConfig, load_config
+from ctd_scale.metrics import ranks_in_lists
+from ctd_scale.recommender import (
+    Pool,
+    RetrieveStep,
+    _union,
+    answers,
+    density_of_draws,
+    excluded_items,
+    fused_scores,
+)
+from ctd_scale.retrieval.dense import ExactIndex, unit_vectors
+from ctd_scale.retrieval.hybrid import HybridRetriever
+from ctd_scale.retrieval.text import TextIndex
+
+ITEMS, DIM, USERS, DRAWS = 60, 6, 4, 3
+RANKINGS = [
+    Ranking(1.0, 0.0, 0.0),
+    Ranking(0.0, 1.0, 0.0),
+    Ranking(0.0, 0.0, 1.0),
+    Ranking(1.0, 0.5, 0.75, pi=0.2),
+]
+NAMES = [f"Word{item} Thing" for item in range(ITEMS)]
+
+
+def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
+    drawn = random.standard_normal(shape).astype(np.float32)
+    return unit_vectors(drawn.reshape(-1, shape[-1])).reshape(shape)
+
+
+def step(seed: int = 0, candidates: int = 9, text: bool = True) -> RetrieveStep:
+    vectors = unit(np.random.default_rng((seed, 1)), ITEMS, DIM)
+    index = TextIndex.build(Catalogue([str(item) for item in range(ITEMS)], NAMES, [""] * ITEMS)) if text else None
+    config = load_config(overrides=[f"diffusion.error_candidates={candidates}", "retrieval.text_candidates=5"])
+    return RetrieveStep(HybridRetriever(vectors, ExactIndex(vectors), index, pi=0.0), config)
+
+
+def users(seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Preferences, draws and excluded items; the first user may see everything."""
+    random = np.random.default_rng((seed, 2))
+    excluded = [random.choice(ITEMS, int(count), replace=False) for count in (0, 1, 10, 40)]
+    return unit(random, USERS, DIM), unit(random, USERS, DRAWS, DIM), [ids.astype(np.int32) for ids in excluded]
+
+
+def errors_of(pool: Pool, seed: int) -> np.ndarray:
+    """Whatever a denoiser might say; a function of the item."""
+    table = np.random.default_rng((seed, 3)).random((len(pool.ids), ITEMS)).astype(np.float32)
+    return np.take_along_axis(table, np.maximum(pool.ids, 0), axis=1)
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    arrays(np.int32, st.tuples(st.just(3), st.integers(0, 5)), elements=st.integers(-1, 6)),
+    arrays(np.int32, st.tuples(st.just(3), st.integers(0, 5)), elements=st.integers(-1, 6)),
+)
+def test_a_union_is_that_of_sets(left: np.ndarray, right: np.ndarray) -> None:
+    united = _union(left, right)
+    assert united.dtype == np.int32
+    for row, a, b in zip(united, left, right, strict=True):
+        real = row[row >= 0].tolist()
+        assert real == sorted({*a.tolist(), *b.tolist()} - {-1})
+        assert row.tolist() == real + [-1] * (len(row) - len(real))
+    assert united.shape[1] == max(1, *((row >= 0).sum() for row in united))
+
+
+@given(
+    arrays(
+        np.float32,
+        st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 3)),
+        elements=st.floats(-1, 1, width=32),
+    ),
+    st.floats(0.01, 2),
+)
+def test_the_density_of_draws_is_a_log_mean_exp(cosines: np.ndarray, tau: float) -> None:
+    got = density_of_draws(cosines, tau)
+    draws = cosines.shape[1]
+    for user in range(cosines.shape[0]):
+        for item in range(cosines.shape[2]):
+            values = cosines[user, :, item].astype(float)
+            total = sum(math.exp((value - values.max()) / tau) for value in values)
+            expected = values.max() + tau * (math.log(total) - math.log(draws))
+            assert got[user, item] == pytest.approx(expected, abs=1e-5)
+            assert values.mean() - 1e-5 <= got[user, item] <= values.max() + 1e-5
+
+
+def test_padding_has_no_density() -> None:
+    cosines = np.full((1, 3, 2), -np.inf, dtype=np.float32)
+    cosines[0, :, 0] = [0.1, 0.5, 0.3]
+    assert np.isneginf(density_of_draws(cosines, 0.1)[0, 1])
+    assert density_of_draws(np.full((1, 7, 1), 0.25, dtype=np.float32), 0.1).item() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_fused_scores_by_hand(ranking: Ranking) -> None:
+    preferences, draws, excluded = users(0)
+    pool = step().pool(preferences, draws, ["", "Word3 word7", "", "word20"], excluded)
+    errors = errors_of(pool, 0)
+    scores = fused_scores(pool, errors, ranking)
+    assert (pool.ids < 0).any(), "the pools must differ in size"
+    for user in range(USERS):
+        real = [place for place, item in enumerate(pool.ids[user]) if item >= 0]
+        mean = sum(float(errors[user, place]) for place in real) / len(real)
+        for place, item in enumerate(pool.ids[user]):
+            if item < 0:
+                assert np.isneginf(scores[user, place])
+                continue
+            vector = step().retriever.vectors[item]
+            cosines = [float(draw @ vector) for draw in draws[user]]
+            density = 0.1 * math.log(sum(math.exp(cosine / 0.1) for cosine in cosines) / DRAWS)
+            expected = (
+                ranking.preference * float(preferences[user] @ vector)
+                + ranking.draws * density
+                - ranking.error * (float(errors[user, place]) - mean)
+            )
+            assert scores[user, place] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_ranking_by_error_needs_errors() -> None:
+    preferences, draws, excluded = users(0)
+    pool = step().pool(preferences, draws, [""] * USERS, excluded)
+    with pytest.raises(ValueError, match="no errors were given"):
+        fused_scores(pool, None, Ranking(1.0, 0.0, 1.0))
+    assert np.isfinite(fused_scores(pool, None, Ranking(1.0, 1.0, 0.0))[pool.ids >= 0]).all()
+
+
+def test_excluded_items_and_answers() -> None:
+    history = np.array([3, 1, 3], dtype=np.int32)
+    assert [ids.tolist() for ids in excluded_items([history], True)] == [[1, 3]]
+    assert [ids.tolist() for ids in excluded_items([history], False)] == [[]]
+    (answer,) = answers(np.array([[5, 2, -1]]), np.array([[0.5, 0.25, -np.inf]]), ["so"])
+    assert (answer.items, answer.scores, answer.text) == ([5, 2], [0.5, 0.25], "so")
+
+
+# -- pool ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_holds_the_neighbours_of_preference_and_draws_and_the_matches() -> None:
+    retrieve = step(candidates=9)
+    preferences, draws, excluded = users(1)
+    pool = retrieve.pool(preferences, draws, ["", "word3", "", "word20 word21"], excluded)
+    vectors = retrieve.retriever.vectors
+    for user in range(USERS):
+        allowed = np.setdiff1d(np.arange(ITEMS), excluded[user])
+        expected = set(allowed[np.argsort(-(vectors[allowed] @ preferences[user]))[:9]].tolist())
+        for draw in draws[user]:
+            expected |= set(allowed[np.argsort(-(vectors[allowed] @ draw))[: 9 // DRAWS]].tolist())
+        expected |= set(pool.matches[user].tolist()) - set(excluded[user].tolist())
+        assert pool.ids[user][pool.ids[user] >= 0].tolist() == sorted(expected)
+        real = pool.ids[user] >= 0
+        assert np.array_equal(pool.vectors[user][real], vectors[pool.ids[user][real]])
+        assert np.allclose(pool.cosines[user][real], vectors[pool.ids[user][real]] @ preferences[user], atol=1e-6)
+    assert [sorted(match.tolist()) for match in pool.matches] == [[], [3], [], [20, 21]]
+
+
+def test_a_user_who_may_see_nothing_gets_nothing() -> None:
+    retrieve = step()
+    preferences, draws, _ = users(2)
+    everything = [np.arange(ITEMS, dtype=np.int32)] * USERS
+    pool = retrieve.pool(preferences, draws, [""] * USERS, everything)
+    for ranking in RANKINGS:
+        ids, scores = retrieve.rank(pool, errors_of(pool, 2), ranking, 5)
+        assert (ids == -1).all()
+        assert np.isneginf(scores).all()
+
+
+# -- order ---------------------------------------------------------------------------------------------------
+
+
+def ranked(seed: int, ranking: Ranking, k: int, texts: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    retrieve = step(seed)
+    preferences, draws, excluded = users(seed)
+    pool = retrieve.pool(preferences, draws, texts or ["", "word3", "", "word20"], excluded)
+    return retrieve.rank(pool, errors_of(pool, seed), ranking, k)
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 99), st.sampled_from(RANKINGS), st.integers(1, ITEMS + 5))
+def test_a_list_is_a_prefix_of_every_longer_one(seed: int, ranking: Ranking, k: int) -> None:
+    ids, scores = ranked(seed, ranking, k)
+    all_ids, all_scores = ranked(seed, ranking, ITEMS + 5)
+    assert ids.shape == scores.shape == (USERS, k)
+    assert np.array_equal(ids, all_ids[:, :k])
+    assert np.allclose(scores, all_scores[:, :k], atol=1e-6)
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 99), st.sampled_from(RANKINGS))
+def test_asked_for_all_every_allowed_item_comes_once_in_order(seed: int, ranking: Ranking) -> None:
+    ids, scores = ranked(seed, ranking, ITEMS)
+    _, _, excluded = users(seed)
+    for row, values, out in zip(ids, scores, excluded, strict=True):
+        allowed = sorted(set(range(ITEMS)) - set(out.tolist()))
+        assert sorted(row[row >= 0].tolist()) == allowed
+        assert (row[len(allowed) :] == -1).all()
+        assert np.isneginf(values[len(allowed) :]).all()
+        assert (np.diff(values[: len(allowed)]) <= 1e-6).all()
+
+
+def test_the_list_begins_with_the_pool_in_the_order_of_its_fused_scores() -> None:
+    retrieve, ranking = step(3), Ranking(1.0, 0.5, 0.75)
+    preferences, draws, excluded = users(3)
+    pool = retrieve.pool(preferences, draws, [""] * USERS, excluded)
+    errors = errors_of(pool, 3)
+    scores = fused_scores(pool, errors, ranking)
+    ids, best = retrieve.rank(pool, errors, ranking, ITEMS)
+    for user in range(USERS):
+        real = pool.ids[user] >= 0
+        order = np.argsort(-scores[user][real], kind="stable")
+        size = int(real.sum())
+        assert ids[user, :size].tolist() == pool.ids[user][real][order].tolist()
+        assert np.allclose(best[user, :size], scores[user][real][order], atol=1e-6)
+        # Then the rest of the catalogue by the preference.
+        rest = ids[user, size:][ids[user, size:] >= 0]
+        cosines = retrieve.retriever.vectors[rest] @ preferences[user]
+        assert (np.diff(cosines) <= 1e-6).all()
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 99), st.sampled_from(RANKINGS), st.floats(0, 3), st.integers(0, ITEMS - 1))
+def test_a_match_never_lowers_an_item(seed: int, ranking: Ranking, pi: float, item: int) -> None:
+    ranking = Ranking(ranking.preference, ranking.draws, ranking.error, pi)
+    before, _ = ranked(seed, ranking, ITEMS, [""] * USERS)
+    after, _ = ranked(seed, ranking, ITEMS, [f"word{item}"] * USERS)
+    for old, new in zip(before.tolist(), after.tolist(), strict=True):
+        assert (item in new) == (item in old), "a match is no way around an exclusion"
+        if item in old:
+            assert new.index(item) <= old.index(item)
+        # The others keep their order.
+        assert [other for other in new if other != item] == [other for other in old if other != item]
+
+
+def test_a_match_does_raise() -> None:
+    before, _ = ranked(5, Ranking(1.0, 0.0, 0.0, pi=3.0), ITEMS, [""] * USERS)
+    item = int(before[0, 5])
+    after, _ = ranked(5, Ranking(1.0, 0.0, 0.0, pi=3.0), ITEMS, [f"word{item}"] * USERS)
+    assert after[0].tolist().index(item) < 5
+
+
+def test_a_batch_is_its_singles() -> None:
+    retrieve, ranking = step(7), RANKINGS[-1]
+    preferences, draws, excluded = users(7)
+    texts = ["", "word3", "", "word20"]
+    table = np.random.default_rng(0).random((USERS, ITEMS)).astype(np.float32)
+
+    def answer(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        pool = retrieve.pool(preferences[rows], draws[rows], texts[rows], excluded[rows])
+        errors = np.take_along_axis(table[rows], np.maximum(pool.ids, 0), axis=1)
+        return retrieve.rank(pool, errors, ranking, 30)
+
+    ids, scores = answer(slice(None))
+    for user in range(USERS):
+        single_ids, single_scores = answer(slice(user, user + 1))
+        assert np.array_equal(single_ids[0], ids[user])
+        assert np.allclose(single_scores[0], scores[user], atol=1e-5)
+
+
+# -- calibration ---------------------------------------------------------------------------------------------
+
+
+def scored(seed: int, texts: list[str], targets: list[int]) -> ScoredPool:
+    retrieve = step(seed)
+    preferences, draws, excluded = users(seed)
+    pool = retrieve.pool(preferences, draws, texts, excluded)
+    return ScoredPool(pool, errors_of(pool, seed), draws, np.arange(USERS), np.array(targets), texts)
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_calibration_measures_the_list_that_is_served(ranking: Ranking) -> None:
+    pools = [scored(seed, ["", "word3", "word8", "word20"], [5, 3, 8, 30]) for seed in range(6)]
+    gains: list[Any] = []
+    for seed, each in enumerate(pools):
+        ids, _ = step(seed).rank(each.pool, each.errors, ranking, 10)
+        ranks = ranks_in_lists(ids, each.targets)
+        gains.append(np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0))
+    assert pool_ndcg(pools, ranking) == pytest.approx(float(np.concatenate(gains).mean()))
+    assert pool_ndcg(pools, ranking) > 0
+
+
+def test_calibration_finds_the_planted_weight() -> None:
+    """Targets that only the denoiser's error knows; then targets that only the preference knows."""
+    by_error, by_preference = [], []
+    for seed in range(8):
+        each = scored(seed, [""] * USERS, [0] * USERS)
+        real = each.pool.ids >= 0
+        known = np.where(real, -each.errors, -np.inf).argmax(axis=1)
+        near = np.where(real, each.pool.cosines, -np.inf).argmax(axis=1)
+        rows = np.arange(USERS)
+        by_error.append(
+            ScoredPool(each.pool, each.errors, each.draws, each.users, each.pool.ids[rows, known], each.texts)
+        )
+        by_preference.append(
+            ScoredPool(each.pool, each.errors, each.draws, each.users, each.pool.ids[rows, near], each.texts)
+        )
+    rankings, ndcg = choose_rankings(by_error, RunConfig())
+    assert rankings["full"].error == 4.0, "the largest weight on offer"
+    assert rankings["error"] == Ranking(0.0, 0.0, 1.0)
+    assert ndcg["error"] == 1
+    assert ndcg["full"] >= ndcg["fused_error"] >= ndcg["preference"]
+    rankings, ndcg = choose_rankings(by_preference, RunConfig())
+    assert ndcg["preference"] == 1
+    assert rankings["full_text"] == Ranking(1.0, 0.0, 0.0, pi=0.0), "of equals, the smallest weights"
