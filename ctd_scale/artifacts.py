@@ -188,7 +188,11 @@ class Run:
             aside = self.cache / f".{manifest['digest']}-{uuid.uuid4().hex[:8]}"
             for file in (*manifest["files"], MANIFEST):
                 (aside / file).parent.mkdir(parents=True, exist_ok=True)
-                filesystem.get_file(f"{base}/{name}/{file}", str(aside / file))
+                try:
+                    filesystem.get_file(f"{base}/{name}/{file}", str(aside / file))
+                except FileNotFoundError:
+                    shutil.rmtree(aside)
+                    raise ArtifactError(f"{self.url}/{name}/{file} is missing; {_rerun(name)}") from None
             _replace_folder(aside, target)
         return target
 
@@ -243,6 +247,8 @@ class Run:
 
     def _upload(self, staging: Path, name: str) -> None:
         filesystem, base = fsspec.url_to_fs(self.url)
+        if filesystem.exists(f"{base}/{name}/{MANIFEST}"):
+            filesystem.rm_file(f"{base}/{name}/{MANIFEST}")  # it goes first: what follows is not published
         if filesystem.exists(f"{base}/{name}"):
             filesystem.rm(f"{base}/{name}", recursive=True)
         files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MANIFEST)

@@ -107,7 +107,9 @@ class LLMConfig(Section):
         0, description="train on the latest n windows of max_history items of each user; 0 = all"
     )
     max_title_tokens: Positive = 6
-    use_user_tokens: bool = False
+    use_user_tokens: bool = Field(
+        False, description="a known user's tokens first; a served history has no user, and so none: for study only"
+    )
     epochs: Positive = 5
     batch_tokens: Positive = Field(4096, description="padded tokens per optimizer step, all workers together")
     learning_rate: PositiveFloat = 2e-4

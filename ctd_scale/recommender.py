@@ -221,7 +221,8 @@ def load_retrieve(artifacts: dict[str, Artifact], config: RunConfig) -> Retrieve
 
 def _union(left: Int32[ndarray, "batch left"], right: Int32[ndarray, "batch right"]) -> Int32[ndarray, "batch union"]:
     """Per row, each id of both once, ascending, padded with -1."""
-    both = np.sort(np.concatenate([left, right], axis=1), axis=1)
+    padding = np.full((len(left), 1), -1, np.int32)  # also who may see nothing has a column
+    both = np.sort(np.concatenate([padding, left, right], axis=1), axis=1)
     repeated = np.zeros(both.shape, bool)
     repeated[:, 1:] = both[:, 1:] == both[:, :-1]
     both = np.where(repeated, -1, both)

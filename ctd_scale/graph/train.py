@@ -28,6 +28,11 @@ def train_graph(run: Run, config: RunConfig, config_hash: str) -> None:
     log = InteractionLog.load(interactions.path)
     graph = BipartiteGraph.from_edges(*log.train_edges(), log.num_users, log.num_items)
     inputs = {interactions.name: interactions.digest}
+    if graph.num_edges < config.resources.graph.num_workers:
+        raise ValueError(
+            f"the training split has {graph.num_edges} edges for resources.graph.num_workers="
+            f"{config.resources.graph.num_workers}; give more data or use fewer workers"
+        )
     facts: dict[str, Any] = {"users": graph.num_users, "items": graph.num_items, "edges": graph.num_edges}
     with run.publish("graph", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         graph.save(folder)

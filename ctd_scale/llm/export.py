@@ -65,8 +65,8 @@ def jobs(log: InteractionLog, split: Split | Literal["train"], config: LLMConfig
     users = log.split_users()
     targets = log.targets(users, split)
     return [
-        Row(np.asarray(log.history(user, split)[-config.max_history :]), targets[index : index + 1], user=int(user))
-        for index, user in enumerate(users)
+        Row(np.asarray(log.history(user, split)[-config.max_history :]), targets[index : index + 1], user=user)
+        for index, user in enumerate(users.tolist())
     ]
 
 

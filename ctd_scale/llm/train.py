@@ -105,6 +105,11 @@ def make_plan(log: InteractionLog, collator: Collator, config: LLMConfig, seed: 
     epochs = []
     for epoch in range(config.epochs):
         windows = training_windows(log.train_lengths(), config, seed, epoch)
+        if len(windows) < workers:
+            raise ValueError(
+                f"{len(windows)} users have two training interactions or more, but resources.llm.num_workers={workers} "
+                "need one each; give more data or use fewer workers"
+            )
         sizes = collator.sizes([window_row(log, windows, index) for index in range(len(windows))])
         random = np.random.default_rng((seed, 11, epoch))
         epochs.append((windows, plan_batches(sizes, config.batch_tokens, workers, random)))

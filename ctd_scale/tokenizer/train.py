@@ -103,7 +103,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
             rows = torch.randint(len(data[side]), (config.batch_size,), generator=generator)
             rows = rows[training.rank() :: training.world_size()]
             batch = data[side][rows.to(device)]
-            masked = draw_mask((len(batch), batch.shape[1]), config.mask_ratio, generator, device)
+            masked = draw_mask((config.batch_size, batch.shape[1]), config.mask_ratio, generator, device)
+            masked = masked[training.rank() :: training.world_size()]
             terms = parallel[side](batch, masked)
             weights = (1.0, config.decorrelation_weight, config.variance_weight)
             loss = loss + sum(weight * term for weight, term in zip(weights, terms, strict=True))

@@ -71,10 +71,6 @@ def test_every_target_is_phony_and_explained() -> None:
     assert set(phony[1].split()) == set(re.findall(r"^([a-z]+):.*## \S", MAKEFILE, re.MULTILINE))
 
 
-def test_the_readme_keeps_the_place_of_the_results() -> None:
-    assert README.count("<!-- results -->") == 1
-
-
 def test_every_path_in_the_readme_exists() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     named = re.findall(r"`((?:cluster|jobs|ctd_scale|docs)/[\w./]+)`", README)
