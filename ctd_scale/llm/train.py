@@ -171,7 +171,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
     step = 0
     with training.latest_checkpoint() as folder:
         if folder is not None:
-            _, client = engine.load_checkpoint(str(folder), tag="state")
+            # Not strict: the frozen word embeddings are left out of checkpoints, the backbone brings them.
+            _, client = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
             step = int(client["step"])
 
     def write(folder: Path) -> None:

@@ -30,13 +30,14 @@ def run_chain(storage: Path, name: str) -> str:
 
 
 def kill_in_stage(storage: Path, name: str, stage: str) -> None:
-    """Start the chain and SIGKILL it as soon as the stage has a checkpoint."""
+    """Start the chain and SIGKILL it as soon as the stage has written a checkpoint and begun another."""
     arguments = ("run", "-c", "debug", "--storage", str(storage), "--name", name)
     said = storage / f"{name}-{stage}.log"
     with said.open("w") as file:
         process = subprocess.Popen(command(*arguments), stdout=file, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + TIMEOUT
-    while not list((storage / name / "checkpoints").glob(f"{stage}-*/checkpoint_*")):
+    # Two: the first is then complete, and the next start must go on from it.
+    while len(list((storage / name / "checkpoints").glob(f"{stage}-*/checkpoint_*"))) < 2:
         assert process.poll() is None, f"the run ended before it could be killed in {stage}:\n{said.read_text()}"
         assert time.monotonic() < deadline, f"no checkpoint in {stage}"
         time.sleep(0.05)
