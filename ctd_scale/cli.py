@@ -86,7 +86,7 @@ def quickstart(
     data_dir: DataDirOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """The whole chain on MovieLens-100k in minutes, and what it recommends to three users."""
+    """The whole chain on MovieLens-100k, and what it recommends to three users."""
     settings = configured(config, overrides, None, data_dir, None, None)
     run = Run(storage, name)
     _run_all(run, settings)

@@ -75,6 +75,6 @@ def stream_minibatches(
             batch_size=MINIBATCHES_PER_TASK,
         )
     )
-    # Whole blocks, cut here: asked for one row at a time, Ray Data would copy the rest of the block each time.
+    # Whole blocks, cut here: a row is a view of its block.
     for block in sampled.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         yield from (Minibatch.from_arrow(block.slice(row, 1)) for row in range(len(block)))

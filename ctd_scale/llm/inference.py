@@ -81,7 +81,7 @@ class PreferenceModel:
         """Greedy decoding with a key-value cache, until every row has ended.
 
         Not `generate`: its prompt pass hands the vocabulary layer a strided view, for which torch copies that layer
-        once per row, and it takes longer than the whole rest.
+        once per row.
         """
         lm, eos_id = self.model.lm, self.collator.prompts.eos_id
         cache, inputs = None, {"inputs_embeds": embedded}
