@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 from numpy import ndarray
 
 from ctd_scale import training
@@ -92,27 +93,61 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
 
 
 def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[str, Ranking], dict[str, float]]:
-    """Every named ranking and its validation NDCG@10. Of equals the first, hence smallest, weight wins."""
-    evaluation = config.evaluation
+    """Every named ranking and its validation NDCG@10. Within a kind the best weight wins, of equals the smallest.
 
-    def best(candidates: list[Ranking]) -> Ranking:
+    `full`, which is served, is the cheapest kind within one standard error of the best: the preference alone, then
+    with draws, with the denoiser's error of every candidate, with both. `full_text` adds a text factor by that rule.
+    """
+    evaluation = config.evaluation
+    draws = [0.0, *(weight for weight in evaluation.draws_weights if weight)]
+    errors = [0.0, *(weight for weight in evaluation.error_weights if weight)]
+
+    def best(candidates: Iterable[Ranking]) -> Ranking:
         return max(candidates, key=lambda ranking: pool_ndcg(pools, ranking))
 
-    full = best([Ranking(1.0, d, e) for d, e in product(evaluation.draws_weights, evaluation.error_weights)])
-    rankings = {
+    def fused(draws: Sequence[float], errors: Sequence[float]) -> Ranking:
+        return best(Ranking(1.0, d, e) for d, e in product(draws, errors))
+
+    kinds = {
         "preference": Ranking(1.0, 0.0, 0.0),
+        "fused_draws": fused(draws, [0.0]),
+        "fused_error": fused([0.0], errors),
+        "fused_both": fused(draws, errors),
+    }
+    full = cheapest_as_good(pools, list(kinds.values()))
+    spoken = best(replace(full, pi=pi) for pi in evaluation.text_factors)
+    rankings = {
         "draws": Ranking(0.0, 1.0, 0.0),
         "error": Ranking(0.0, 0.0, 1.0),
-        "fused_draws": best([Ranking(1.0, d, 0.0) for d in evaluation.draws_weights]),
-        "fused_error": best([Ranking(1.0, 0.0, e) for e in evaluation.error_weights]),
+        **kinds,
         "full": full,
-        "full_text": best([replace(full, pi=pi) for pi in evaluation.text_factors]),
+        "full_text": cheapest_as_good(pools, [full, spoken]),
     }
     return rankings, {name: round(pool_ndcg(pools, ranking), 6) for name, ranking in rankings.items()}
 
 
+def cheapest_as_good(pools: list[ScoredPool], rankings: Sequence[Ranking]) -> Ranking:
+    """The first of `rankings`, in order of cost, whose NDCG@10 is at most one standard error below the best one's.
+
+    The standard error is that of the mean difference over the same users. A grid of more weights always looks better
+    on the users that chose it; less than its noise is no reason to pay for it.
+    """
+    gains = [pool_gains(pools, ranking) for ranking in rankings]
+    best = max(gains, key=lambda each: float(each.mean()))
+    for ranking, each in zip(rankings, gains, strict=True):
+        behind = best - each
+        if behind.mean() <= behind.std() / np.sqrt(len(behind)):
+            return ranking
+    raise ValueError("no rankings to choose from")
+
+
 def pool_ndcg(pools: list[ScoredPool], ranking: Ranking, k: int = 10) -> float:
-    """Mean NDCG@k over users; a target outside its pool counts 0. The first k never leave the pool."""
+    """Mean of `pool_gains`."""
+    return float(pool_gains(pools, ranking, k).mean())
+
+
+def pool_gains(pools: list[ScoredPool], ranking: Ranking, k: int = 10) -> Float64[ndarray, "_"]:
+    """NDCG@k of every user; a target outside its pool counts 0. The first k never leave the pool."""
     gains = []
     for each in pools:
         scores = fused_scores(each.pool, each.errors, ranking)
@@ -122,7 +157,7 @@ def pool_ndcg(pools: list[ScoredPool], ranking: Ranking, k: int = 10) -> float:
         target = np.where(here, scores, -np.inf).max(axis=1, keepdims=True)
         rank = (scores > target).sum(axis=1) + 1
         gains.append(np.where(here.any(axis=1) & (rank <= k), 1 / np.log2(rank + 1), 0.0))
-    return float(np.concatenate(gains).mean())
+    return np.concatenate(gains)
 
 
 def _matched(pool: Pool) -> ndarray:

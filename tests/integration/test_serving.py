@@ -198,18 +198,20 @@ def test_a_step_that_hangs_fills_the_queue_and_times_out(server: Server) -> None
     replica.suspend()
     try:
         started = time.monotonic()
-        with ThreadPoolExecutor(16) as threads:
-            found = list(threads.map(lambda user: server.post(user_id=f"u{user}"), range(16)))
-        assert time.monotonic() - started < 3 * TIMEOUT_S
+        with ThreadPoolExecutor(32) as threads:
+            found = list(threads.map(lambda user: server.post(user_id=f"u{user}"), range(32)))
+        elapsed = time.monotonic() - started
+        assert elapsed < 3 * TIMEOUT_S
         assert server.client.get("/healthz").status_code == 200
     finally:
         replica.resume()
     errors = {503: {"error": "too busy, try again later"}, 504: {"error": f"no answer within {TIMEOUT_S} s"}}
     assert all(response.json() == errors[response.status_code] for response in found)
     counts = Counter(response.status_code for response in found)
-    # Two in progress and six in the queue wait for an answer; whoever comes later is sent away.
-    assert counts[503] >= 8
-    assert counts[504] >= 6
+    # Two in progress and six in the queue wait for an answer, and whoever comes meanwhile is sent away. On a slow
+    # machine some come only after these have given up, and take their places.
+    assert counts[503] >= 1
+    assert 6 <= counts[504] <= 8 * (1 + elapsed // TIMEOUT_S)
     assert server.post(user_id="u1").status_code == 200
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ctd_scale.batches import Catalogue, Ranking
-from ctd_scale.calibrate import ScoredPool, choose_rankings, pool_ndcg
+from ctd_scale.calibrate import ScoredPool, cheapest_as_good, choose_rankings, pool_gains, pool_ndcg
 from ctd_scale.config import RunConfig, load_config
 from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.recommender import (
@@ -293,26 +294,38 @@ def test_calibration_measures_the_list_that_is_served(ranking: Ranking) -> None:
     assert pool_ndcg(pools, ranking) > 0
 
 
-def test_calibration_finds_the_planted_weight() -> None:
-    """Targets that only the denoiser's error knows; then targets that only the preference knows."""
-    by_error, by_preference = [], []
+def known_pools(kind: str) -> list[ScoredPool]:
+    """Targets that only one term knows: the item with the least error, or the nearest to the preference or draws."""
+    found = []
     for seed in range(8):
         each = scored(seed, [""] * USERS, [0] * USERS)
-        real = each.pool.ids >= 0
-        known = np.where(real, -each.errors, -np.inf).argmax(axis=1)
-        near = np.where(real, each.pool.cosines, -np.inf).argmax(axis=1)
-        rows = np.arange(USERS)
-        by_error.append(
-            ScoredPool(each.pool, each.errors, each.draws, each.users, each.pool.ids[rows, known], each.texts)
-        )
-        by_preference.append(
-            ScoredPool(each.pool, each.errors, each.draws, each.users, each.pool.ids[rows, near], each.texts)
-        )
-    rankings, ndcg = choose_rankings(by_error, RunConfig())
+        terms = {"preference": each.pool.cosines, "draws": each.pool.draw_scores, "error": -each.errors}
+        known = np.where(each.pool.ids >= 0, terms[kind], -np.inf).argmax(axis=1)
+        found.append(replace(each, targets=each.pool.ids[np.arange(USERS), known]))
+    return found
+
+
+def test_calibration_finds_the_planted_weight() -> None:
+    rankings, ndcg = choose_rankings(known_pools("error"), RunConfig())
+    assert rankings["fused_error"] == Ranking(1.0, 0.0, 4.0)
     assert rankings["full"].error == 4.0, "the largest weight on offer"
     assert rankings["error"] == Ranking(0.0, 0.0, 1.0)
     assert ndcg["error"] == 1
-    assert ndcg["full"] >= ndcg["fused_error"] >= ndcg["preference"]
-    rankings, ndcg = choose_rankings(by_preference, RunConfig())
+    assert ndcg["full"] > ndcg["fused_draws"] >= ndcg["preference"]
+    rankings, ndcg = choose_rankings(known_pools("draws"), RunConfig())
+    assert rankings["fused_draws"] == Ranking(1.0, 4.0, 0.0)
+    assert rankings["full"].draws == 4.0
+    rankings, ndcg = choose_rankings(known_pools("preference"), RunConfig())
     assert ndcg["preference"] == 1
     assert rankings["full_text"] == Ranking(1.0, 0.0, 0.0, pi=0.0), "of equals, the smallest weights"
+
+
+def test_what_is_within_one_standard_error_is_not_paid_for() -> None:
+    pools = known_pools("error")
+    rankings = [Ranking(1.0, 0.0, weight) for weight in (0.0, 1.0, 4.0, 16.0, 64.0, 65.0)]
+    gains = np.stack([pool_gains(pools, ranking) for ranking in rankings])
+    best = gains[gains.mean(axis=1).argmax()]
+    error = (best - gains).std(axis=1) / np.sqrt(gains.shape[1])
+    (close,) = np.nonzero((best - gains).mean(axis=1) <= error)
+    assert 0 < close[0] < 5, "neither the cheapest nor the best"
+    assert cheapest_as_good(pools, rankings) == rankings[close[0]]
