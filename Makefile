@@ -54,12 +54,12 @@ $(BIN)/python:
 
 $(RUNTIME): $(PINS) | $(BIN)/python
 	@echo "==> installing ctd-scale into $(VENV) (some minutes)"
-	@$(INSTALL) --no-deps -r constraints-content.txt
 	@$(INSTALL) -c constraints.txt -e .
+	@$(INSTALL) --no-deps -r constraints-content.txt
 	@touch $@
 
 $(DEV): $(PINS) | $(BIN)/python
 	@echo "==> installing ctd-scale with its development tools into $(VENV) (some minutes)"
-	@$(INSTALL) --no-deps -r constraints-content.txt
 	@$(INSTALL) -c constraints.txt -e '.[dev]'
+	@$(INSTALL) --no-deps -r constraints-content.txt
 	@touch $(RUNTIME) $@

@@ -162,7 +162,8 @@ def print_report(report: Report) -> None:
         f"full ranking, seen items {seen}, seed {protocol['seed']}"
     )
     for split in SPLITS:
-        table = Table(title=f"{title}, {split}", title_justify="left")
+        console.print(f"{title}, [bold]{split}[/]", highlight=False, soft_wrap=True)
+        table = Table()
         table.add_column("model")
         for name in (*METRICS, "seconds"):
             table.add_column(name, justify="right")
