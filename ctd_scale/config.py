@@ -67,6 +67,7 @@ class GraphConfig(Section):
     l2: NotNegative = 1e-4
     streaming: Literal["ray_data", "in_process"] = "ray_data"
     sampler_actors: Positive = 1
+    stall_seconds: PositiveFloat = Field(600.0, description="training fails when no minibatch comes for so long")
     checkpoint_every_steps: Positive = 200
     propagation_chunk: Positive = Field(65_536, description="rows of one chunk of the exact propagation")
 

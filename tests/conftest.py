@@ -27,7 +27,7 @@ torch.set_num_threads(1)  # tensors are tiny here, and threads that wait for eac
 CHECKED = [
     "batches",
     "metrics",
-    *(f"graph.{name}" for name in ("csr", "encoder", "export", "losses", "sampler")),
+    *(f"graph.{name}" for name in ("build", "csr", "encoder", "export", "losses", "permutation", "sampler", "table")),
     *(f"tokenizer.{name}" for name in ("kway", "losses")),
     *(f"llm.{name}" for name in ("collator", "losses", "model", "prompts", "windows")),
     *(f"diffusion.{name}" for name in ("denoiser", "objective", "sampler")),

@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer
 from numpy import ndarray
 
+OFFSETS, NEIGHBORS, SIZES = "offsets.npy", "neighbors.npy", "sizes.json"
+
 
 @dataclass(frozen=True)
 class BipartiteGraph:
@@ -52,33 +54,38 @@ class BipartiteGraph:
     def degrees(self) -> Int64[ndarray, "nodes"]:
         return np.diff(self.offsets)
 
-    @cached_property
-    def _edge_keys(self) -> Int64[ndarray, "edges"]:
-        users = np.repeat(np.arange(self.num_users, dtype=np.int64), self.degrees[: self.num_users])
-        return users * self.num_nodes + self.neighbors[: self.num_edges]
-
     def edge(self, index: Int64[ndarray, "batch"]) -> tuple[Int64[ndarray, "batch"], Int64[ndarray, "batch"]]:
         """(user node, item node) of the given edges, numbered by user, then item."""
         users = np.searchsorted(self.offsets, index, side="right") - 1
         return users.astype(np.int64), self.neighbors[index].astype(np.int64)
 
     def has_edge(self, users: Int64[ndarray, "batch"], items: Int64[ndarray, "batch"]) -> Bool[ndarray, "batch"]:
-        """Whether each (user node, item node) pair interacted in training."""
-        keys = users * self.num_nodes + items
-        found = np.minimum(np.searchsorted(self._edge_keys, keys), self.num_edges - 1)
-        return np.asarray(self._edge_keys[found] == keys)
+        """Whether each (user node, item node) pair interacted in training: bisection in the users' sorted rows."""
+        low, end = self.offsets[users], self.offsets[users + 1]
+        high = end.copy()
+        last = len(self.neighbors) - 1
+        for _ in range(int((high - low).max(initial=0)).bit_length()):
+            middle = (low + high) // 2
+            below = (low < high) & (self.neighbors[np.minimum(middle, last)] < items)
+            low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
+        return np.asarray((low < end) & (self.neighbors[np.minimum(low, last)] == items))
 
     def save(self, folder: Path) -> None:
-        np.save(folder / "offsets.npy", self.offsets)
-        np.save(folder / "neighbors.npy", self.neighbors)
-        (folder / "sizes.json").write_text(json.dumps({"users": self.num_users, "items": self.num_items}))
+        np.save(folder / NEIGHBORS, self.neighbors)
+        save_frame(folder, self.offsets, self.num_users, self.num_items)
 
     @classmethod
     def load(cls, folder: Path) -> BipartiteGraph:
-        sizes = json.loads((folder / "sizes.json").read_text())
+        sizes = json.loads((folder / SIZES).read_text())
         return cls(
             sizes["users"],
             sizes["items"],
-            np.load(folder / "offsets.npy", mmap_mode="r"),
-            np.load(folder / "neighbors.npy", mmap_mode="r"),
+            np.load(folder / OFFSETS, mmap_mode="r"),
+            np.load(folder / NEIGHBORS, mmap_mode="r"),
         )
+
+
+def save_frame(folder: Path, offsets: Int64[ndarray, "offsets"], num_users: int, num_items: int) -> None:
+    """Everything of a graph but its neighbours."""
+    np.save(folder / OFFSETS, offsets)
+    (folder / SIZES).write_text(json.dumps({"users": num_users, "items": num_items}))

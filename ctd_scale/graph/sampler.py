@@ -7,22 +7,22 @@ order: actors may die, runs may resume.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int32, Int64, Integer
 from numpy import ndarray
 
 from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.permutation import permuted
 
 
 @dataclass(frozen=True)
 class Block:
     """One hop of messages: `sources[e] -> targets[e]` with `weights[e]`; targets are the first `num_targets` nodes."""
 
-    sources: Int64[ndarray, "messages"]
-    targets: Int64[ndarray, "messages"]
+    sources: Int32[ndarray, "messages"]
+    targets: Int32[ndarray, "messages"]
     weights: Float32[ndarray, "messages"]
     num_targets: int
 
@@ -38,7 +38,7 @@ class Minibatch:
     positives: Int64[ndarray, "batch"]
     negatives: Int64[ndarray, "batch"]
     num_seeds: int
-    nodes: Int64[ndarray, "nodes"]
+    nodes: Int32[ndarray, "nodes"]
     blocks: tuple[Block, ...]
 
     def to_arrow(self) -> pa.Table:
@@ -79,61 +79,65 @@ class NeighborSampler:
     def __init__(self, graph: BipartiteGraph, fanout: tuple[int, ...]) -> None:
         self.graph = graph
         self.fanout = fanout
-        self._position = np.full(graph.num_nodes, -1, np.int64)
+        self._offsets = np.asarray(graph.offsets)
+        self._degrees = np.diff(self._offsets).astype(np.int32)
+        self._root = np.sqrt(self._degrees, dtype=np.float32)
+        self._position = np.full(graph.num_nodes, -1, np.int32)
 
     def sample(
-        self, seeds: Int64[ndarray, "seeds"], random: np.random.Generator
-    ) -> tuple[Int64[ndarray, "nodes"], tuple[Block, ...]]:
+        self, seeds: Integer[ndarray, "seeds"], random: np.random.Generator
+    ) -> tuple[Int32[ndarray, "nodes"], tuple[Block, ...]]:
         """Nodes (seeds first, which must be distinct) and blocks (in order of application) that encode the seeds."""
-        nodes, blocks = seeds, []
+        nodes, blocks = seeds.astype(np.int32), []
         for fanout in self.fanout:
-            neighbors, targets, counts = self._draw(nodes, fanout, random)
-            degrees = self.graph.degrees
-            scale = degrees[nodes] / np.maximum(counts, 1)
-            weights = scale[targets] / np.sqrt(degrees[nodes[targets]] * degrees[neighbors])
+            neighbors, targets = self.draw(nodes, fanout, random)
+            degrees = self._degrees[nodes]
+            # d_v / n scales the sum up to all of v's neighbours; 1 / sqrt(d_v d_w) is LightGCN's.
+            scale = self._root[nodes] / np.maximum(np.minimum(degrees, fanout), 1).astype(np.float32)
+            weights = scale[targets] / self._root[neighbors]
             grown, sources = self._relabel(nodes, neighbors)
-            blocks.append(Block(sources, targets, weights.astype(np.float32), len(nodes)))
+            blocks.append(Block(sources, targets, weights, len(nodes)))
             nodes = grown
         return nodes, tuple(reversed(blocks))
 
-    def _draw(
-        self, nodes: Int64[ndarray, "nodes"], fanout: int, random: np.random.Generator
-    ) -> tuple[Int64[ndarray, "messages"], Int64[ndarray, "messages"], Int64[ndarray, "nodes"]]:
-        """Neighbour ids, the position of the node each belongs to, and how many each node got."""
-        starts, degrees = self.graph.offsets[nodes], self.graph.degrees[nodes]
-        counts = np.minimum(degrees, fanout)
-        targets = np.repeat(np.arange(len(nodes)), counts)
-        slot = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
-        pick = slot  # a node with few neighbours takes all of them, in order
-        large = np.flatnonzero(degrees > fanout)
-        if len(large):
-            pick = slot.copy()
-            pick[np.repeat(degrees > fanout, counts)] = _distinct(degrees[large], fanout, random).ravel()
-        return self.graph.neighbors[starts[targets] + pick].astype(np.int64), targets, counts
+    def draw(
+        self, nodes: Int32[ndarray, "nodes"], fanout: int, random: np.random.Generator
+    ) -> tuple[Int32[ndarray, "messages"], Int32[ndarray, "messages"]]:
+        """Neighbour ids, and the position of the node that each belongs to."""
+        starts, degrees = self._offsets[nodes], self._degrees[nodes]
+        few, many = np.flatnonzero(degrees <= fanout), np.flatnonzero(degrees > fanout)
+        counts = degrees[few]
+        slot = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        drawn = _distinct(degrees[many], fanout, random) + starts[many]
+        picks = np.concatenate([np.repeat(starts[few], counts) + slot, drawn.ravel()])
+        targets = np.concatenate([np.repeat(few, counts), np.tile(many, fanout)])
+        return self.graph.neighbors[picks], targets.astype(np.int32)
 
     def _relabel(
-        self, nodes: Int64[ndarray, "nodes"], neighbors: Int64[ndarray, "messages"]
-    ) -> tuple[Int64[ndarray, "grown"], Int64[ndarray, "messages"]]:
+        self, nodes: Int32[ndarray, "nodes"], neighbors: Int32[ndarray, "messages"]
+    ) -> tuple[Int32[ndarray, "grown"], Int32[ndarray, "messages"]]:
         """Append the neighbours that are new; give each message the position of its source."""
         position = self._position
-        position[nodes] = np.arange(len(nodes))
-        new = np.unique(neighbors[position[neighbors] < 0])
-        position[new] = np.arange(len(nodes), len(nodes) + len(new))
+        position[nodes] = np.arange(len(nodes), dtype=np.int32)
+        unknown = np.sort(neighbors[position[neighbors] < 0])
+        new = unknown[np.flatnonzero(np.diff(unknown, prepend=-1))]
         grown = np.concatenate([nodes, new])
+        position[new] = np.arange(len(nodes), len(grown), dtype=np.int32)
         sources = position[neighbors]
         position[grown] = -1
         return grown, sources
 
 
-def _distinct(sizes: Int64[ndarray, "rows"], count: int, random: np.random.Generator) -> Int64[ndarray, "rows count"]:
+def _distinct(sizes: Int32[ndarray, "rows"], count: int, random: np.random.Generator) -> Int32[ndarray, "count rows"]:
     """`count` distinct numbers below each size, uniformly (Floyd's algorithm, all rows at once)."""
-    chosen = np.empty((len(sizes), count), np.int64)
-    uniform = random.random((count, len(sizes)))
+    chosen = np.empty((count, len(sizes)), np.int32)
     for slot in range(count):
-        last = sizes - count + slot
-        draw = (uniform[slot] * (last + 1)).astype(np.int64)
-        taken = (chosen[:, :slot] == draw[:, None]).any(axis=1)
-        chosen[:, slot] = np.where(taken, last, draw)
+        last = sizes - np.int32(count - slot)
+        draw = (random.random(len(sizes)) * (last + 1)).astype(np.int32)
+        taken = np.zeros(len(sizes), np.bool_)
+        for earlier in chosen[:slot]:
+            taken |= earlier == draw
+        chosen[slot] = np.where(taken, last, draw)
     return chosen
 
 
@@ -148,8 +152,8 @@ def make_minibatch(
     """The part of `rank` in the global minibatch of optimizer step `step` (0-based over all epochs)."""
     graph = sampler.graph
     epoch, position = divmod(step, steps_per_epoch(graph.num_edges, batch_size))
-    order = _epoch_order(graph.num_edges, seed, epoch)
-    users, positives = graph.edge(order[position * batch_size : (position + 1) * batch_size])
+    places = np.arange(position * batch_size, min((position + 1) * batch_size, graph.num_edges))
+    users, positives = graph.edge(permuted(places, graph.num_edges, (seed, 0, epoch)))
     negatives = _draw_negatives(graph, users, np.random.default_rng((seed, 1, step)))
     mine = slice(rank, None, world_size)
     users, positives, negatives = users[mine], positives[mine], negatives[mine]
@@ -157,11 +161,6 @@ def make_minibatch(
     nodes, blocks = sampler.sample(seeds, np.random.default_rng((seed, 2, step, rank)))
     user_seeds, positive_seeds, negative_seeds = np.split(inverse, 3)
     return Minibatch(user_seeds, positive_seeds, negative_seeds, len(seeds), nodes, blocks)
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(num_edges: int, seed: int, epoch: int) -> Int64[ndarray, "edges"]:
-    return np.random.default_rng((seed, 0, epoch)).permutation(num_edges)
 
 
 def _draw_negatives(

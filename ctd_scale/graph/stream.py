@@ -1,10 +1,12 @@
-"""Minibatches streamed from sampler actors by Ray Data, or computed in this process; the same ones either way.
+"""Minibatches streamed from sampler actors by Ray Data, or sampled by a thread; the same ones either way.
 
 Without torch in reach: an actor starts in a fraction of the time.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch
 
 # Minibatches per Ray Data task: enough to hide the task's overhead, few enough that prefetch stays small.
 MINIBATCHES_PER_TASK = 16
+# Minibatches that wait for the trainer.
+AHEAD = 4
 
 
 class SampleMinibatches:
@@ -58,8 +62,13 @@ def stream_minibatches(
     }
     if config.streaming == "in_process":
         sampler = SampleMinibatches(**maker)
-        yield from (sampler.minibatch(step) for step in range(start, stop))
-        return
+        batches: Iterator[Minibatch] = (sampler.minibatch(step) for step in range(start, stop))
+    else:
+        batches = _stream_by_ray_data(config, maker, start, stop)
+    yield from watched(batches, config.stall_seconds, f"graph.streaming={config.streaming!r}")
+
+
+def _stream_by_ray_data(config: GraphConfig, maker: dict[str, Any], start: int, stop: int) -> Iterator[Minibatch]:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -78,3 +87,52 @@ def stream_minibatches(
     # Whole blocks, cut here: a row is a view of its block.
     for block in sampled.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         yield from (Minibatch.from_arrow(block.slice(row, 1)) for row in range(len(block)))
+
+
+class StalledError(RuntimeError):
+    """A source gave nothing for too long."""
+
+
+def watched(source: Iterator[Minibatch], seconds: float, name: str) -> Iterator[Minibatch]:
+    """What `source` gives, made ahead by a thread. Raises what it raises, and StalledError after `seconds` without
+    anything: a pipeline whose actors wait for each other would otherwise wait for ever."""
+    ahead: queue.Queue[Minibatch | BaseException | None] = queue.Queue(AHEAD)
+    stopped = threading.Event()
+
+    def put(what: Minibatch | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                ahead.put(what, timeout=0.5)
+            except queue.Full:
+                continue
+            return
+
+    def make() -> None:
+        try:
+            for batch in source:
+                put(batch)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=make, daemon=True, name="minibatches").start()
+    given = 0
+    try:
+        while True:
+            try:
+                batch = ahead.get(timeout=seconds)
+            except queue.Empty:
+                raise StalledError(
+                    f"{name} gave no minibatch for {seconds:g} s, after {given} of them; "
+                    "are the sampler actors alive? Raise graph.stall_seconds for a slow machine"
+                ) from None
+            if batch is None:
+                return
+            if isinstance(batch, BaseException):
+                raise batch
+            given += 1
+            yield batch
+    finally:
+        stopped.set()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from ctd_scale.config import GraphConfig
 from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch, steps_per_epoch
-from ctd_scale.graph.stream import stream_minibatches
+from ctd_scale.graph.stream import StalledError, stream_minibatches, watched
 
 # Four users and three items with cycles of length 4 and 6, so that paths of three hops return.
 PAIRS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
@@ -191,3 +194,45 @@ def test_a_stream_in_process_gives_the_asked_for_steps(tmp_path: Path) -> None:
     for step, batch in zip(range(2, 5), streamed, strict=True):
         assert_equal(batch, minibatch(graph, step, rank=1, world_size=2))
     assert list(stream_minibatches(config, str(tmp_path), start=5, stop=5, **arguments)) == []
+
+
+def test_a_stream_that_stalls_fails_by_name() -> None:
+    graph, waits = random_graph(8), threading.Event()
+
+    def source() -> Iterator[Minibatch]:
+        yield minibatch(graph, 0)
+        yield minibatch(graph, 1)
+        waits.wait()
+
+    stream = watched(source(), 0.2, "graph.streaming='test'")
+    assert_equal(next(stream), minibatch(graph, 0))
+    assert_equal(next(stream), minibatch(graph, 1))
+    with pytest.raises(StalledError, match=r"graph.streaming='test' gave no minibatch for 0.2 s, after 2 of them"):
+        next(stream)
+    waits.set()
+
+
+def test_what_a_source_raises_arrives() -> None:
+    def source() -> Iterator[Minibatch]:
+        yield minibatch(random_graph(8), 0)
+        raise OSError("the disk is gone")
+
+    stream = watched(source(), 60, "test")
+    next(stream)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+
+
+def test_a_stream_that_is_left_ends_its_thread() -> None:
+    def source() -> Iterator[Minibatch]:
+        while True:
+            yield minibatch(random_graph(8), 0)
+
+    before = threading.active_count()
+    stream = watched(source(), 60, "test")
+    next(stream)
+    stream.close()
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() == before

@@ -1,0 +1,62 @@
+"""What every benchmark writes: one row a case, with the machine and the versions that it ran on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("torch", "ray", "numpy", "torch-geometric", "deepspeed", "transformers", "scann")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Ours beside a rival, in one unit; `ratio` above 1 means that ours is better."""
+
+    bench: str
+    case: str
+    unit: str
+    ours: float
+    rival: float | None = None
+    rival_name: str = ""
+    ratio: float | None = None
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """`--size small|full --json PATH`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size", choices=("small", "full"), default="small", help="small ends within three minutes")
+    parser.add_argument("--json", type=Path, help="where the cases are written")
+    return parser.parse_args()
+
+
+def machine() -> str:
+    """Cores, memory and architecture; no names."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, CPython {platform.python_version()}"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write(cases: list[Case], path: Path | None) -> None:
+    """Print the cases, and write them as JSON where asked."""
+    for case in cases:
+        rival = f"  {case.rival_name} {case.rival:.4g}  ratio {case.ratio:.2f}" if case.rival and case.ratio else ""
+        print(f"{case.bench:14} {case.case:48} {case.ours:12.4g} {case.unit}{rival}")
+    if path is not None:
+        command = f"python -m {Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}"
+        shared = {"machine": machine(), "versions": versions(), "command": command}
+        path.write_text(json.dumps([asdict(case) | shared for case in cases], indent=2) + "\n")
