@@ -24,7 +24,7 @@ class AdaptiveBlock(nn.Module):
         nn.init.zeros_(self.modulate.bias)
 
     def forward(
-        self, hidden: Float[Tensor, "*batch hidden_dim"], context: Float[Tensor, "*batch hidden_dim"]
+        self, hidden: Float[Tensor, "*batch hidden_dim"], context: Float[Tensor, "*#batch hidden_dim"]
     ) -> Float[Tensor, "*batch hidden_dim"]:
         scale, shift, gate = self.modulate(context).chunk(3, dim=-1)
         inner: Tensor = self.mlp(self.norm(hidden) * (1 + scale) + shift)
@@ -35,7 +35,8 @@ class Denoiser(nn.Module):
     """Predicts noise, sample or velocity of item vectors at unit variance per dimension.
 
     One condition per sample: row b of the condition acts on row b alone (a condition broadcast over a batch would
-    train every user on every target). Leading dimensions are free, so that candidates can share a condition.
+    train every user on every target). Leading dimensions are free: candidates of one user share a timestep and a
+    condition of size 1 in their dimension, and two thirds of the arithmetic, which lies in the context, with it.
     """
 
     def __init__(self, cond_dim: int, hidden_dim: int, num_blocks: int, dropout: float) -> None:
@@ -68,9 +69,9 @@ class Denoiser(nn.Module):
     def forward(
         self,
         noisy: Float[Tensor, "*batch cond_dim"],
-        timesteps: Int[Tensor, "*batch"],
-        condition: Float[Tensor, "*batch cond_dim"],
-        dropped: Bool[Tensor, "*batch"] | None = None,
+        timesteps: Int[Tensor, "*#batch"],
+        condition: Float[Tensor, "*#batch cond_dim"],
+        dropped: Bool[Tensor, "*#batch"] | None = None,
     ) -> Float[Tensor, "*batch cond_dim"]:
         context = self.context(condition, timesteps, dropped)
         hidden = self.enter(noisy)

@@ -87,17 +87,16 @@ def diffusion_losses(
     contrastive     -log sigmoid( ||err-||^2 - ||err+||^2 ), the first negative noised with the same noise and timestep
     recommendation  softmax of cos(x_0^, .) / temperature over the positive and all negatives
     """
-    alpha = alphas[timesteps][:, None]
-    both = torch.cat([positive, negatives[:, 0]])
-    noise2, alpha2 = noise.repeat(2, 1), alpha.repeat(2, 1)
-    noisy = add_noise(both, noise2, alpha2)
-    output = denoiser(noisy, timesteps.repeat(2), condition.repeat(2, 1), dropped.repeat(2))
-    errors = (output - training_target(both, noise2, alpha2, prediction_type)).square()
-    good, bad = errors.mean(dim=1).chunk(2)
+    alpha = alphas[timesteps][None, :, None]
+    both = torch.stack([positive, negatives[:, 0]])
+    noisy = add_noise(both, noise[None], alpha)
+    output = denoiser(noisy, timesteps[None], condition[None], dropped[None])
+    errors = (output - training_target(both, noise[None], alpha, prediction_type)).square()
+    good, bad = errors.mean(dim=2)
     # BPR on whole squared norms saturates at once in 64 dimensions; per-dimension means differ by its scale alone.
     contrastive = F.softplus(good - bad)
 
-    sample = predicted_sample(output, noisy, alpha2, prediction_type)[: len(positive)]
+    sample = predicted_sample(output, noisy, alpha, prediction_type)[0]
     items = torch.cat([positive[:, None], negatives], dim=1)
     cosines = torch.einsum("bd,bnd->bn", F.normalize(sample, dim=1), F.normalize(items, dim=2))
     chosen = torch.zeros(len(positive), dtype=torch.long, device=positive.device)

@@ -46,10 +46,10 @@ def generate(
     scheduler = make_scheduler(config)
     scheduler.set_timesteps(config.sampling_steps)
     sample = noise.to(conditions.device).expand(len(conditions), -1, -1).contiguous()
-    shared = conditions[:, None].expand(-1, len(noise), -1)
-    nobody = torch.ones(sample.shape[:2], dtype=torch.bool, device=sample.device)
+    shared = conditions[:, None]
+    nobody = torch.ones(shared.shape[:2], dtype=torch.bool, device=sample.device)
     for timestep in scheduler.timesteps:
-        timesteps = torch.full(sample.shape[:2], int(timestep), device=sample.device)
+        timesteps = torch.full(shared.shape[:2], int(timestep), device=sample.device)
         output = denoiser(sample, timesteps, shared)
         if config.guidance != 1.0:
             without = denoiser(sample, timesteps, shared, nobody)
@@ -83,11 +83,11 @@ def denoising_errors(
     high, and exactly what the contrastive loss trains."""
     alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type)
     total = torch.zeros(candidates.shape[:2], device=candidates.device)
-    shared = conditions[:, None].expand_as(candidates)
+    shared = conditions[:, None]
     for timestep, eps in zip(timesteps.tolist(), noise.to(candidates.device), strict=True):
         alpha = alphas[timestep].to(candidates.device).reshape(1, 1, 1)
         noisy = add_noise(candidates, eps, alpha)
-        when = torch.full(candidates.shape[:2], timestep, device=candidates.device)
+        when = torch.full(shared.shape[:2], timestep, device=candidates.device)
         output = denoiser(noisy, when, shared)
         sample = predicted_sample(output, noisy, alpha, config.prediction_type)
         total += (candidates - sample).square().mean(dim=-1)

@@ -92,7 +92,7 @@ class Linear(nn.Module):
     ) -> torch.Tensor:
         if dropped is not None:
             condition = torch.where(dropped[..., None], 0.5, condition)
-        return torch.cat([noisy, condition], dim=-1) @ self.mix * (1 + timesteps[..., None] / STEPS)
+        return torch.cat([noisy, condition.expand_as(noisy)], dim=-1) @ self.mix * (1 + timesteps[..., None] / STEPS)
 
 
 class Oracle(nn.Module):
@@ -103,7 +103,7 @@ class Oracle(nn.Module):
         self.sample = sample
 
     def forward(self, noisy: torch.Tensor, timesteps: Any, condition: Any, dropped: Any = None) -> torch.Tensor:
-        return self.sample.repeat(len(noisy) // len(self.sample), 1)
+        return self.sample.expand_as(noisy)
 
 
 def drawn() -> dict[str, Any]:
@@ -203,6 +203,13 @@ def test_leading_dimensions_are_free(denoiser: Denoiser) -> None:
     timesteps = torch.randint(99, (2, 3))
     flat = denoiser(noisy.reshape(6, DIM), timesteps.reshape(6), condition.reshape(6, DIM))
     assert torch.allclose(denoiser(noisy, timesteps, condition).reshape(6, DIM), flat, atol=1e-6)
+
+
+def test_a_shared_condition_is_the_same_condition_for_each(denoiser: Denoiser) -> None:
+    noisy, condition = torch.randn(2, 3, DIM), torch.randn(2, 1, DIM)
+    timesteps, dropped = torch.tensor([[7], [80]]), torch.tensor([[True], [False]])
+    each = denoiser(noisy, timesteps.expand(2, 3), condition.expand(2, 3, DIM), dropped.expand(2, 3))
+    assert torch.allclose(denoiser(noisy, timesteps, condition, dropped), each, atol=1e-6)
 
 
 def test_input_timestep_and_condition_all_count_unless_the_condition_is_dropped(denoiser: Denoiser) -> None:
