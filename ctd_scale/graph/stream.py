@@ -21,6 +21,8 @@ from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch
 
 # Minibatches per Ray Data task: enough to hide the task's overhead, few enough that prefetch stays small.
 MINIBATCHES_PER_TASK = 16
+# Logical, they only admit actors: samplers must fit beside the trainers of a small machine.
+SAMPLER_CPUS = 0.5
 # Minibatches that wait for the trainer.
 AHEAD = 4
 
@@ -44,7 +46,7 @@ class SampleMinibatches:
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        return pa.concat_tables(self.minibatch(int(step)).to_arrow() for step in batch["id"])
+        return pa.concat_tables(self.minibatch(int(step)).to_arrow() for step in batch["item"])
 
 
 def stream_minibatches(
@@ -73,16 +75,14 @@ def _stream_by_ray_data(config: GraphConfig, maker: dict[str, Any], start: int, 
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     tasks = -(-(stop - start) // MINIBATCHES_PER_TASK)
-    # The cursor is in the checkpoint, so the stream simply begins there.
-    sampled = (
-        ray.data.range(stop - start, override_num_blocks=tasks)
-        .map_batches(lambda batch: {"id": batch["id"] + start})
-        .map_batches(
-            SampleMinibatches,
-            fn_constructor_kwargs=maker,
-            concurrency=config.sampler_actors,
-            batch_size=MINIBATCHES_PER_TASK,
-        )
+    # The cursor is in the checkpoint, so the stream simply begins there. Step numbers come from here, not from tasks:
+    # trainers and samplers may hold every CPU that Ray counts, and a task would wait for ever.
+    sampled = ray.data.from_items(list(range(start, stop)), override_num_blocks=tasks).map_batches(
+        SampleMinibatches,
+        fn_constructor_kwargs=maker,
+        concurrency=config.sampler_actors,
+        batch_size=MINIBATCHES_PER_TASK,
+        num_cpus=SAMPLER_CPUS,
     )
     # Whole blocks, cut here: a row is a view of its block.
     for block in sampled.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
