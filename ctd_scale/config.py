@@ -65,7 +65,9 @@ class GraphConfig(Section):
     batch_size: Positive = Field(2048, description="positive edges per optimizer step, all workers together")
     learning_rate: PositiveFloat = 1e-2
     l2: NotNegative = 1e-4
-    streaming: Literal["ray_data", "in_process"] = "ray_data"
+    streaming: Literal["auto", "ray_data", "in_process"] = Field(
+        "auto", description="who samples: Ray Data actors, or a thread of the trainer (auto: small graphs)"
+    )
     sampler_actors: Positive = 1
     stall_seconds: PositiveFloat = Field(600.0, description="training fails when no minibatch comes for so long")
     checkpoint_every_steps: Positive = 200

@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,8 @@ from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch
 
 # Minibatches per Ray Data task: enough to hide the task's overhead, few enough that prefetch stays small.
 MINIBATCHES_PER_TASK = 16
+# Up to here a thread samples faster than a pipeline hands over.
+DIRECT_EDGES = 1_000_000
 # Logical, they only admit actors: samplers must fit beside the trainers of a small machine.
 SAMPLER_CPUS = 0.5
 # Minibatches that wait for the trainer.
@@ -49,6 +51,13 @@ class SampleMinibatches:
         return pa.concat_tables(self.minibatch(int(step)).to_arrow() for step in batch["item"])
 
 
+def chosen_streaming(config: GraphConfig, num_edges: int) -> Literal["ray_data", "in_process"]:
+    """Where minibatches are sampled. They are the same ones: what is chosen costs or saves time, nothing else."""
+    if config.streaming == "auto":
+        return "in_process" if num_edges <= DIRECT_EDGES else "ray_data"
+    return config.streaming
+
+
 def stream_minibatches(
     config: GraphConfig, graph: str, *, seed: int, rank: int, world_size: int, start: int, stop: int
 ) -> Iterator[Minibatch]:
@@ -62,12 +71,12 @@ def stream_minibatches(
         "rank": rank,
         "world_size": world_size,
     }
-    if config.streaming == "in_process":
+    if chosen_streaming(config, BipartiteGraph.load(Path(graph)).num_edges) == "in_process":
         sampler = SampleMinibatches(**maker)
         batches: Iterator[Minibatch] = (sampler.minibatch(step) for step in range(start, stop))
     else:
         batches = _stream_by_ray_data(config, maker, start, stop)
-    yield from watched(batches, config.stall_seconds, f"graph.streaming={config.streaming!r}")
+    yield from watched(batches, config.stall_seconds, "graph training")
 
 
 def _stream_by_ray_data(config: GraphConfig, maker: dict[str, Any], start: int, stop: int) -> Iterator[Minibatch]:
@@ -84,8 +93,10 @@ def _stream_by_ray_data(config: GraphConfig, maker: dict[str, Any], start: int, 
         batch_size=MINIBATCHES_PER_TASK,
         num_cpus=SAMPLER_CPUS,
     )
+    # A split runs in an actor of its own: the executor's loop would take more of this process's time than training.
+    (split,) = sampled.streaming_split(1)
     # Whole blocks, cut here: a row is a view of its block.
-    for block in sampled.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+    for block in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         yield from (Minibatch.from_arrow(block.slice(row, 1)) for row in range(len(block)))
 
 

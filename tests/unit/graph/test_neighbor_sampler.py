@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ctd_scale.config import GraphConfig
 from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch, steps_per_epoch
-from ctd_scale.graph.stream import StalledError, stream_minibatches, watched
+from ctd_scale.graph.stream import DIRECT_EDGES, StalledError, chosen_streaming, stream_minibatches, watched
 
 # Four users and three items with cycles of length 4 and 6, so that paths of three hops return.
 PAIRS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
@@ -236,3 +236,10 @@ def test_a_stream_that_is_left_ends_its_thread() -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() == before
+
+
+def test_small_graphs_are_sampled_directly_unless_told_otherwise() -> None:
+    assert chosen_streaming(GraphConfig(), DIRECT_EDGES) == "in_process"
+    assert chosen_streaming(GraphConfig(), DIRECT_EDGES + 1) == "ray_data"
+    assert chosen_streaming(GraphConfig(streaming="ray_data"), 1) == "ray_data"
+    assert chosen_streaming(GraphConfig(streaming="in_process"), DIRECT_EDGES + 1) == "in_process"
