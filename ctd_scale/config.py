@@ -132,6 +132,9 @@ class LLMConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpoint_every_steps: Positive = 100
     generate_texts: bool = True
+    text_choices: Literal["catalogue", "free"] = Field(
+        "catalogue", description="a text may only name items that exist, or is whatever the LM says"
+    )
     max_new_tokens: Positive = 32
     inference_batch: Positive = 64
 

@@ -29,7 +29,7 @@ CHECKED = [
     "metrics",
     *(f"graph.{name}" for name in ("build", "csr", "encoder", "export", "losses", "permutation", "sampler", "table")),
     *(f"tokenizer.{name}" for name in ("kway", "losses")),
-    *(f"llm.{name}" for name in ("collator", "losses", "model", "prompts", "windows")),
+    *(f"llm.{name}" for name in ("choices", "collator", "losses", "model", "prompts", "windows")),
     *(f"diffusion.{name}" for name in ("denoiser", "objective", "sampler")),
     *(f"retrieval.{name}" for name in ("dense", "hybrid", "text")),
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy import ndarray
 from ctd_scale.batches import Catalogue, NodeArrays
 from ctd_scale.config import LLMConfig
 from ctd_scale.llm.backbone import load_text_tokenizer
+from ctd_scale.llm.choices import AnswerChoices, Begun
 from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.train import DTYPES
@@ -77,6 +79,10 @@ class PreferenceModel:
                 outcome[i] = " ".join(text.split())
         return outcome
 
+    @cached_property
+    def _choices(self) -> AnswerChoices:
+        return AnswerChoices(self.collator.prompts)
+
     def _decode(self, embedded: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
         """Greedy decoding with a key-value cache, until every row has ended.
 
@@ -87,13 +93,14 @@ class PreferenceModel:
         cache, inputs = None, {"inputs_embeds": embedded}
         places = (mask.cumsum(dim=1) - 1).clamp_min(0)
         words: list[torch.Tensor] = []
+        choose = self._known_choice() if self.config.text_choices == "catalogue" else _any_choice
         ended = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
         for _ in range(self.config.max_new_tokens):
             said = lm.base_model(
                 **inputs, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
             )
             cache = said.past_key_values
-            word = lm.get_output_embeddings()(said.last_hidden_state[:, -1].contiguous()).argmax(dim=1)
+            word = choose(lm.get_output_embeddings()(said.last_hidden_state[:, -1].contiguous()))
             words.append(word.masked_fill(ended, eos_id))
             ended |= word == eos_id
             if ended.all():
@@ -103,6 +110,26 @@ class PreferenceModel:
             places = places[:, -1:] + 1
         rows = torch.stack(words, dim=1).tolist()
         return [[token for token in row if token != eos_id] for row in rows]
+
+    def _known_choice(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A choice among the words with which some item's answer goes on; called once a word."""
+        choices, eos_id = self._choices, self.collator.prompts.eos_id
+        begun: dict[int, Begun] = {}
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
+            word = torch.full((len(logits),), eos_id, dtype=torch.long, device=logits.device)
+            if not begun:
+                begun.update(dict.fromkeys(range(len(logits)), choices.start()))
+            for row, here in list(begun.items()):
+                allowed = torch.from_numpy(choices.words(here)).to(logits.device).long()
+                best = int(logits[row, allowed].argmax())
+                word[row] = allowed[best]
+                begun[row] = choices.after(here, best)
+                if allowed[best] == eos_id:
+                    del begun[row]
+            return word
+
+        return choose
 
     def _rows(self, histories: Sequence[ndarray], users: Sequence[int] | None) -> list[Row]:
         for index, history in enumerate(histories):
@@ -136,3 +163,7 @@ class PreferenceModel:
             moved[index, longest - len(tail) :] = tail
             mask[index, longest - len(tail) - size :] = 1
         return moved, mask
+
+
+def _any_choice(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(dim=1)

@@ -3,6 +3,7 @@ answer after it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ctd_scale.config import ConfigError, LLMConfig
 from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_causal_lm
+from ctd_scale.llm.choices import AnswerChoices
 from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
 from ctd_scale.llm.model import PreferenceLM, TokenAdapter, build_preference_lm, word_scale
+from ctd_scale.llm.prompts import Prompts
 from ctd_scale.llm.train import initial_vectors, new_model, parameter_groups
 from ctd_scale.llm.weights import BACKBONE, export_model, load_model, load_vectors, temperature
 
@@ -98,22 +103,50 @@ def test_an_empty_history_is_refused(served: PreferenceModel) -> None:
 # -- texts ---------------------------------------------------------------------------------------------------
 
 
-def test_a_text_is_decoded_greedily_alone_and_in_a_batch(served: PreferenceModel, text_tokenizer: Any) -> None:
+@pytest.mark.parametrize("text_choices", ["catalogue", "free"])
+def test_a_text_is_decoded_greedily_alone_and_in_a_batch(
+    tiny_chain: Any, text_tokenizer: Any, text_choices: str
+) -> None:
+    longest = 60 if text_choices == "catalogue" else 6
+    changes = {"text_choices": text_choices, "max_new_tokens": longest}
+    served = replace(tiny_chain, config=tiny_chain.config.model_copy(update=changes)).preference()
     histories = [HISTORY[:1], HISTORY, HISTORY[1:3]]
     texts = served.texts(histories)
     assert texts == [served.texts([history])[0] for history in histories]
     lm, prompts = served.model.lm, served.collator.prompts
+    answers = [prompts.answer(item).tolist() for item in range(20)]
     for history, text in zip(histories, texts, strict=True):
         with torch.no_grad():  # one token at a time, no cache, no padding
             embedded = served.model.embed(served.collator([prefix_row(history)]))
             tail = lm.get_input_embeddings()(torch.tensor(prompts.tail, dtype=torch.long))[None]
             embedded = torch.cat([embedded, tail], dim=1)
             ids: list[int] = []
-            while len(ids) < 6 and prompts.eos_id not in ids:
-                ids.append(int(lm(inputs_embeds=embedded).logits[0, -1].argmax()))
+            while len(ids) < longest and prompts.eos_id not in ids:
+                logits = lm(inputs_embeds=embedded).logits[0, -1]
+                if text_choices == "catalogue":
+                    allowed = {answer[len(ids)] for answer in answers if answer[: len(ids)] == ids}
+                    logits[[word for word in range(len(logits)) if word not in allowed]] = -torch.inf
+                ids.append(int(logits.argmax()))
                 embedded = torch.cat([embedded, lm.get_input_embeddings()(torch.tensor([[ids[-1]]]))], dim=1)
         assert text == " ".join(text_tokenizer.decode(ids, skip_special_tokens=True).split())
+        if text_choices == "catalogue":
+            assert ids in answers
     assert any(texts)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), min_size=1, max_size=12))
+def test_choices_are_those_of_a_set_of_answers(answers: list[list[int]]) -> None:
+    answers = [[*answer, 9] for answer in answers]
+    nothing, offsets = np.zeros(0, np.int32), np.cumsum([0, *map(len, answers)], dtype=np.int64)
+    flat = np.array([word for answer in answers for word in answer], np.int32)
+    choices = AnswerChoices(Prompts(nothing, nothing, nothing, offsets, flat, offsets, pad_id=0, eos_id=9))
+    for answer in answers:
+        begun = choices.start()
+        for said, word in enumerate(answer):
+            expected = sorted({other[said] for other in answers if other[:said] == answer[:said]})
+            assert choices.words(begun).tolist() == expected
+            begun = choices.after(begun, expected.index(word))
+        assert begun.high - begun.low == answers.count(answer)
 
 
 def test_a_text_without_a_known_user_reads_no_padding(tiny_chain: Any, served: PreferenceModel) -> None:
