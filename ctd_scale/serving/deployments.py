@@ -67,7 +67,8 @@ class Preference(Step):
         super().__init__(max(1, (os.cpu_count() or 1) // config.serving.max_replicas))
         self._model = load_preference(load_release(run, digests), config)
         _configure_batches(config.serving, self.preference, self.text)
-        self._model([np.zeros(1, np.int32)])  # the first pass allocates: no request should wait for it
+        for warm in (self._model, self._model.texts):  # the first call allocates: no request should wait for it
+            warm([np.zeros(1, np.int32)])
 
     @serve.batch  # type: ignore[untyped-decorator]
     async def preference(self, histories: list[Int32[ndarray, "_"]]) -> list[Float32[ndarray, "cond_dim"]]:
