@@ -16,8 +16,10 @@ import numpy as np
 
 from benchmarks.report import Case, arguments, write
 from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.config import GraphConfig
 from ctd_scale.graph.build import build_graph
 from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.sampler import NeighborSampler, make_minibatch
 
 FANOUT = (10, 10)
@@ -101,7 +103,9 @@ def sampler_cases(graph: BipartiteGraph, name: str) -> list[Case]:
         return sum(len(block.sources) for block in blocks)
 
     def minibatch(call: int) -> int:
-        batch = make_minibatch(sampler, seed=0, step=call, batch_size=SEEDS, rank=0, world_size=1)
+        batch = make_minibatch(
+            sampler, NegativeSampler(graph, GraphConfig()), seed=0, step=call, batch_size=SEEDS, rank=0, world_size=1
+        )
         return sum(len(block.sources) for block in batch.blocks)
 
     plain = per_second(lambda call: python_sample(graph, seeds(call).tolist()))

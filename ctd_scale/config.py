@@ -65,6 +65,10 @@ class GraphConfig(Section):
     batch_size: Positive = Field(2048, description="positive edges per optimizer step, all workers together")
     learning_rate: PositiveFloat = 1e-2
     l2: NotNegative = 1e-4
+    negatives: Literal["uniform", "popularity", "in_batch"] = Field(
+        "uniform", description="where negatives come from; the loss is corrected for their probability"
+    )
+    popularity_exponent: PositiveFloat = Field(0.75, description="of an item's degree, where negatives = popularity")
     streaming: Literal["auto", "ray_data", "in_process"] = Field(
         "auto", description="who samples: Ray Data actors, or a thread of the trainer (auto: small graphs)"
     )

@@ -27,7 +27,10 @@ torch.set_num_threads(1)  # tensors are tiny here, and threads that wait for eac
 CHECKED = [
     "batches",
     "metrics",
-    *(f"graph.{name}" for name in ("build", "csr", "encoder", "export", "losses", "permutation", "sampler", "table")),
+    *(
+        f"graph.{name}"
+        for name in ("build", "csr", "encoder", "export", "losses", "negatives", "permutation", "sampler", "table")
+    ),
     *(f"tokenizer.{name}" for name in ("kway", "losses")),
     *(f"llm.{name}" for name in ("choices", "collator", "losses", "model", "prompts", "windows")),
     *(f"diffusion.{name}" for name in ("denoiser", "objective", "sampler")),

@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int32, Int64, Integer
 from numpy import ndarray
 
 from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.permutation import permuted
 
 
@@ -29,7 +30,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """BPR triples as positions among the seeds, and what is needed to encode the seeds.
+    """BPR triples as positions among the seeds, what to add to their margins, and what is needed to encode the seeds.
 
     `nodes` are the node ids of the deepest layer, the `num_seeds` seeds first; `blocks` in order of application.
     """
@@ -37,6 +38,7 @@ class Minibatch:
     users: Int64[ndarray, "batch"]
     positives: Int64[ndarray, "batch"]
     negatives: Int64[ndarray, "batch"]
+    corrections: Float32[ndarray, "batch"]
     num_seeds: int
     nodes: Int32[ndarray, "nodes"]
     blocks: tuple[Block, ...]
@@ -47,6 +49,7 @@ class Minibatch:
             "users": self.users,
             "positives": self.positives,
             "negatives": self.negatives,
+            "corrections": self.corrections,
             "nodes": self.nodes,
             "sizes": np.array([self.num_seeds, *(block.num_targets for block in self.blocks)]),
             "messages": np.array([len(block.sources) for block in self.blocks]),
@@ -65,7 +68,8 @@ class Minibatch:
             *(np.split(read[name], cuts) for name in ("sources", "targets", "weights")), num_targets, strict=True
         )
         blocks = tuple(Block(*part) for part in parts)
-        return cls(read["users"], read["positives"], read["negatives"], num_seeds, read["nodes"], blocks)
+        users, positives, negatives = read["users"], read["positives"], read["negatives"]
+        return cls(users, positives, negatives, read["corrections"], num_seeds, read["nodes"], blocks)
 
 
 class NeighborSampler:
@@ -147,31 +151,24 @@ def steps_per_epoch(num_edges: int, batch_size: int) -> int:
 
 
 def make_minibatch(
-    sampler: NeighborSampler, *, seed: int, step: int, batch_size: int, rank: int, world_size: int
+    sampler: NeighborSampler,
+    negative_sampler: NegativeSampler,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
 ) -> Minibatch:
     """The part of `rank` in the global minibatch of optimizer step `step` (0-based over all epochs)."""
     graph = sampler.graph
     epoch, position = divmod(step, steps_per_epoch(graph.num_edges, batch_size))
     places = np.arange(position * batch_size, min((position + 1) * batch_size, graph.num_edges))
     users, positives = graph.edge(permuted(places, graph.num_edges, (seed, 0, epoch)))
-    negatives = _draw_negatives(graph, users, np.random.default_rng((seed, 1, step)))
+    negatives, corrections = negative_sampler.draw(users, positives, np.random.default_rng((seed, 1, step)))
     mine = slice(rank, None, world_size)
     users, positives, negatives = users[mine], positives[mine], negatives[mine]
     seeds, inverse = np.unique(np.concatenate([users, positives, negatives]), return_inverse=True)
     nodes, blocks = sampler.sample(seeds, np.random.default_rng((seed, 2, step, rank)))
     user_seeds, positive_seeds, negative_seeds = np.split(inverse, 3)
-    return Minibatch(user_seeds, positive_seeds, negative_seeds, len(seeds), nodes, blocks)
-
-
-def _draw_negatives(
-    graph: BipartiteGraph, users: Int64[ndarray, "batch"], random: np.random.Generator, tries: int = 8
-) -> Int64[ndarray, "batch"]:
-    """Item nodes drawn uniformly, drawn again where the user has them. After `tries` a positive may remain: a user
-    who has nearly everything must not stall training."""
-    negatives = random.integers(graph.num_users, graph.num_nodes, len(users))
-    for _ in range(tries):
-        positive = np.flatnonzero(graph.has_edge(users, negatives))
-        if not len(positive):
-            break
-        negatives[positive] = random.integers(graph.num_users, graph.num_nodes, len(positive))
-    return negatives
+    return Minibatch(user_seeds, positive_seeds, negative_seeds, corrections[mine], len(seeds), nodes, blocks)

@@ -17,6 +17,7 @@ import ray.data
 
 from ctd_scale.config import GraphConfig
 from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch
 
 # Minibatches per Ray Data task: enough to hide the task's overhead, few enough that prefetch stays small.
@@ -34,12 +35,15 @@ class SampleMinibatches:
 
     def __init__(self, config: dict[str, Any], graph: str, seed: int, rank: int, world_size: int) -> None:
         self._config = GraphConfig.model_validate(config)
-        self._sampler = NeighborSampler(BipartiteGraph.load(Path(graph)), self._config.fanout)
+        loaded = BipartiteGraph.load(Path(graph))
+        self._sampler = NeighborSampler(loaded, self._config.fanout)
+        self._negative_sampler = NegativeSampler(loaded, self._config)
         self._seed, self._rank, self._world_size = seed, rank, world_size
 
     def minibatch(self, step: int) -> Minibatch:
         return make_minibatch(
             self._sampler,
+            self._negative_sampler,
             seed=self._seed,
             step=step,
             batch_size=self._config.batch_size,

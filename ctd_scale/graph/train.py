@@ -116,5 +116,6 @@ def minibatch_loss(encoder: LightGCN, rows: torch.Tensor, minibatch: Minibatch, 
     triples = [minibatch.users, minibatch.positives, minibatch.negatives]
     index = [torch.tensor(part, device=device) for part in triples]
     users, positives, negatives = (seeds[part] for part in index)
-    ranking = bpr_loss((users * positives).sum(dim=1), (users * negatives).sum(dim=1))
+    corrections = torch.tensor(minibatch.corrections, device=device)
+    ranking = bpr_loss((users * positives).sum(dim=1) + corrections, (users * negatives).sum(dim=1))
     return ranking + l2 * l2_loss(*(rows[part] for part in index))

@@ -14,6 +14,7 @@ from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
 from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.encoder import LightGCN
+from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.sampler import NeighborSampler, make_minibatch
 from ctd_scale.graph.train import minibatch_loss
 from ctd_scale.llm.inference import PreferenceModel
@@ -31,7 +32,15 @@ def test_the_encoder_and_its_gradients() -> None:
     random = np.random.default_rng(0)
     users, items = random.integers(0, 50, 400), random.integers(0, 40, 400)
     graph = BipartiteGraph.from_edges(users, items, 50, 40)
-    batch = make_minibatch(NeighborSampler(graph, (4, 3)), seed=0, step=0, batch_size=64, rank=0, world_size=1)
+    batch = make_minibatch(
+        NeighborSampler(graph, (4, 3)),
+        NegativeSampler(graph, GraphConfig()),
+        seed=0,
+        step=0,
+        batch_size=64,
+        rank=0,
+        world_size=1,
+    )
     layer0 = random.normal(scale=0.1, size=(graph.num_nodes, 16)).astype(np.float32)
     losses, gradients = [], []
     for device in (CPU, CUDA):

@@ -13,6 +13,7 @@ from ctd_scale.config import GraphConfig
 from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.encoder import LightGCN
 from ctd_scale.graph.export import propagate, split_nodes
+from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.sampler import NeighborSampler, make_minibatch
 from ctd_scale.graph.table import EmbeddingTable
 from ctd_scale.graph.train import minibatch_loss, train_loop
@@ -39,7 +40,9 @@ def test_withheld_edges_of_the_right_community_rank_first() -> None:
     sampler = NeighborSampler(graph, (4, 3))
     losses = []
     for step in range(100):
-        batch = make_minibatch(sampler, seed=0, step=step, batch_size=48, rank=0, world_size=1)
+        batch = make_minibatch(
+            sampler, NegativeSampler(graph, GraphConfig()), seed=0, step=step, batch_size=48, rank=0, world_size=1
+        )
         nodes = torch.from_numpy(batch.nodes)
         rows = table.rows(nodes)
         loss = minibatch_loss(encoder, rows, batch, 1e-4)
@@ -60,7 +63,9 @@ def test_the_loss_of_a_minibatch_by_hand() -> None:
     layer0 = np.random.default_rng(0).normal(scale=0.1, size=(graph.num_nodes, 4)).astype(np.float32)
     everything = int(graph.degrees.max())
     sampler = NeighborSampler(graph, (everything, everything))
-    batch = make_minibatch(sampler, seed=0, step=0, batch_size=16, rank=0, world_size=1)
+    batch = make_minibatch(
+        sampler, NegativeSampler(graph, GraphConfig()), seed=0, step=0, batch_size=16, rank=0, world_size=1
+    )
     encoded = propagate(graph, layer0, 2, 1000)
     terms = []
     for user, positive, negative in zip(

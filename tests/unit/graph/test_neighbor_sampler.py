@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ctd_scale.config import GraphConfig
 from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch, steps_per_epoch
 from ctd_scale.graph.stream import DIRECT_EDGES, StalledError, chosen_streaming, stream_minibatches, watched
 
@@ -30,12 +31,18 @@ def random_graph(seed: int, users: int = 12, items: int = 15, share: float = 0.3
 
 def minibatch(graph: BipartiteGraph, step: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> Minibatch:
     return make_minibatch(
-        NeighborSampler(graph, (3, 2)), seed=seed, step=step, batch_size=10, rank=rank, world_size=world_size
+        NeighborSampler(graph, (3, 2)),
+        NegativeSampler(graph, GraphConfig()),
+        seed=seed,
+        step=step,
+        batch_size=10,
+        rank=rank,
+        world_size=world_size,
     )
 
 
 def assert_equal(left: Minibatch, right: Minibatch) -> None:
-    for name in ("users", "positives", "negatives", "nodes"):
+    for name in ("users", "positives", "negatives", "corrections", "nodes"):
         a, b = getattr(left, name), getattr(right, name)
         assert a.dtype == b.dtype
         assert np.array_equal(a, b), name
@@ -121,8 +128,8 @@ def test_a_minibatch_depends_on_seed_step_and_rank_alone() -> None:
     used = NeighborSampler(graph, (3, 2))
     arguments = {"seed": 0, "batch_size": 10, "world_size": 2}
     for step in (9, 3, 5):
-        make_minibatch(used, step=step, rank=1, **arguments)
-    again = make_minibatch(used, step=4, rank=0, **arguments)
+        make_minibatch(used, NegativeSampler(graph, GraphConfig()), step=step, rank=1, **arguments)
+    again = make_minibatch(used, NegativeSampler(graph, GraphConfig()), step=4, rank=0, **arguments)
     assert_equal(again, minibatch(graph, 4, rank=0, world_size=2))
     for other in (
         minibatch(graph, 5, world_size=2),
