@@ -1,6 +1,7 @@
-"""The graph stage at size: building the CSR out of core, and sampling from it.
+"""The graph stage at size: building the CSR out of core, sampling from it, and training on what was sampled.
 
 Rival of the sampler: the same draws by a plain Python loop over nodes (`random.sample` and a dict for the labels).
+Rival of the streams: the same training loop that samples by itself, one minibatch after the other.
 """
 
 from __future__ import annotations
@@ -9,21 +10,28 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.report import Case, arguments, write
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import GraphConfig
 from ctd_scale.graph.build import build_graph
 from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.encoder import LightGCN
 from ctd_scale.graph.negatives import NegativeSampler
-from ctd_scale.graph.sampler import NeighborSampler, make_minibatch
+from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch
+from ctd_scale.graph.stream import stream_minibatches
+from ctd_scale.graph.table import EmbeddingTable
+from ctd_scale.graph.train import minibatch_loss
+from ctd_scale.training import start_ray
 
 FANOUT = (10, 10)
 SEEDS = 1024
+STEPS, WARM_UP = 150, 40
 # users, items, interactions
 SIZES = {
     "small": [(100_000, 50_000, 1_000_000), (500_000, 250_000, 5_000_000)],
@@ -117,8 +125,44 @@ def sampler_cases(graph: BipartiteGraph, name: str) -> list[Case]:
     ]
 
 
+def steps_per_second(batches: Iterator[Minibatch], graph: BipartiteGraph) -> float:
+    """Training steps on what a stream gives, after those that fill the pipeline."""
+    config, encoder = GraphConfig(), LightGCN()
+    table = EmbeddingTable(graph.num_nodes, config.embed_dim, config.learning_rate, torch.device("cpu"))
+    started = 0.0
+    for number, batch in enumerate(batches):
+        if number == WARM_UP:
+            started = time.perf_counter()
+        nodes = torch.from_numpy(batch.nodes).long()
+        rows = table.rows(nodes)
+        loss = minibatch_loss(encoder, rows, batch, config.l2)
+        table.update(nodes, *torch.autograd.grad(loss, [rows]))
+    return (STEPS - WARM_UP) / (time.perf_counter() - started)
+
+
+def training_cases(graph: BipartiteGraph, folder: Path, name: str) -> list[Case]:
+    config = GraphConfig(batch_size=SEEDS, fanout=FANOUT)
+    sampler, negative_sampler = NeighborSampler(graph, FANOUT), NegativeSampler(graph, config)
+    plain = steps_per_second(
+        (
+            make_minibatch(sampler, negative_sampler, seed=0, step=step, batch_size=SEEDS, rank=0, world_size=1)
+            for step in range(STEPS)
+        ),
+        graph,
+    )
+    cases = []
+    for streaming, said in (("in_process", "a thread samples"), ("ray_data", "Ray Data samples")):
+        chosen = config.model_copy(update={"streaming": streaming})
+        stream = stream_minibatches(chosen, str(folder), seed=0, rank=0, world_size=1, start=0, stop=STEPS)
+        ours = steps_per_second(stream, graph)
+        cases.append(Case("training", f"{said}, {name}", "steps/s", ours, plain, "one plain process", ours / plain))
+    return cases
+
+
 def main() -> None:
     options = arguments(__doc__)
+    torch.set_num_threads(1)
+    start_ray()
     cases = []
     for users, items, interactions in SIZES[options.size]:
         name = f"{interactions // 1_000_000}M interactions"
@@ -132,6 +176,7 @@ def main() -> None:
             cases.append(Case("build", f"{graph.num_edges:,} edges, {name}", "interactions/s", interactions / elapsed))
             cases.append(Case("build", f"peak memory with mapped files, {name}", "MB", anonymous_peak() / 1e6))
             cases += sampler_cases(graph, name)
+            cases += training_cases(graph, target, name)
     write(cases, options.json)
 
 
