@@ -1,8 +1,8 @@
 """Ray Train glue shared by the training loops: start Ray, run a loop on N workers, resume it, show its progress.
 
-A loop is a plain function `loop(arguments)` that runs on every worker. It asks `latest_checkpoint()` where to go
-on, calls `report_checkpoint` as it goes, and logs steps through a `StepLog`. What the last checkpoint holds under
-`export/` is what the stage publishes.
+A loop is a plain function `loop(arguments)` that runs on every worker. It asks `latest_checkpoint` where to go on,
+calls `report_checkpoint` as it goes, and logs steps through a `StepLog`. What the last checkpoint holds under `export/`
+is what the stage publishes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ctd_scale import checkpoints
 from ctd_scale.artifacts import Run, write_text
 from ctd_scale.config import StageResources
 
@@ -88,15 +89,20 @@ def run_training(
 ) -> Path:
     """Run `loop` on the stage's workers until it ends; returns the local `export/` folder of its last checkpoint.
 
-    Checkpoints lie under `{run}/checkpoints/{stage}-{key}`: the same key resumes, another key (another config or
-    other inputs) starts anew. Raises TrainingError after `resources.max_failures` worker failures.
+    Checkpoints lie under `{run}/checkpoints/{stage}-{key}`: the same key goes on from the newest complete one, another
+    key (another config or other inputs) starts anew. Raises TrainingError after `resources.max_failures` failures.
     """
     start_ray()
     name = f"{stage}-{key[:12]}"
     logs = run.root / "logs" / stage
     trainer = TorchTrainer(
         loop,
-        train_loop_config={**arguments, "logs": str(logs), "resources": resources.model_dump()},
+        train_loop_config={
+            **arguments,
+            "logs": str(logs),
+            "resources": resources.model_dump(),
+            "resume_from": checkpoints.keep_newest(f"{run.checkpoints}/{name}"),
+        },
         scaling_config=ScalingConfig(num_workers=resources.num_workers, use_gpu=resources.use_gpu),
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
         run_config=ray.train.RunConfig(
@@ -162,9 +168,12 @@ def seed_all(seed: int) -> None:
 
 
 @contextmanager
-def latest_checkpoint() -> Iterator[Path | None]:
-    """The checkpoint to go on from, as a local folder, or None on a fresh start."""
+def latest_checkpoint(arguments: Mapping[str, Any]) -> Iterator[Path | None]:
+    """The checkpoint to go on from, as a local folder, or None on a fresh start: that of a worker that failed a moment
+    ago, or that of a run that was killed."""
     checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None and arguments["resume_from"] is not None:
+        checkpoint = Checkpoint(arguments["resume_from"])
     if checkpoint is None:
         yield None
     else:
@@ -178,6 +187,7 @@ def report_checkpoint(metrics: Mapping[str, Any], write: Callable[[Path], None],
         checkpoint = None
         if every_rank or rank() == 0:
             write(Path(folder))
+            checkpoints.seal(Path(folder), rank(), world_size() if every_rank else 1)
             checkpoint = Checkpoint.from_directory(folder)
         ray.train.report(dict(metrics), checkpoint=checkpoint)
 

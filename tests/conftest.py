@@ -112,7 +112,7 @@ class OneWorker:
             raise KeyboardInterrupt
 
     @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
+    def latest_checkpoint(self, arguments: Any) -> Iterator[Path | None]:
         yield self.checkpoints[-1] if self.checkpoints else None
 
 

@@ -67,7 +67,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     total_steps = config.epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps, eta_min=config.learning_rate / 50)
     step = 0
-    with training.latest_checkpoint() as folder:
+    with training.latest_checkpoint(arguments) as folder:
         if folder is not None:
             state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
             model.load_state_dict(state["model"])

@@ -64,7 +64,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     table = EmbeddingTable(graph.num_nodes, config.embed_dim, config.learning_rate, device)
     total_steps = config.epochs * steps_per_epoch(graph.num_edges, config.batch_size)
     step = 0
-    with training.latest_checkpoint() as folder:
+    with training.latest_checkpoint(arguments) as folder:
         if folder is not None:
             state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
             table.load_state_dict(state["table"])

@@ -169,7 +169,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
         config=deepspeed_config(config),
     )
     step = 0
-    with training.latest_checkpoint() as folder:
+    with training.latest_checkpoint(arguments) as folder:
         if folder is not None:
             # Not strict: the frozen word embeddings are left out of checkpoints, the backbone brings them.
             _, client = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)

@@ -1,0 +1,54 @@
+"""Which checkpoint a killed stage goes on from: the newest one of which nothing is missing.
+
+Ray Train keeps a list of its checkpoints in one file that it rewrites in place, so a kill can leave that file empty and
+every later start in error; and a kill can leave a checkpoint half-copied or half-deleted. Hence each checkpoint says by
+itself what belongs to it, and Ray's list is not read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fsspec
+
+PREFIX = "checkpoint_"  # Ray Train names them by time, so the newest sorts last
+CONTENTS = "contents-{writer}.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def seal(folder: Path, writer: int, writers: int) -> None:
+    """Write down the files of `folder` and their sizes, as the part of one of the checkpoint's writers (ranks)."""
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+    (folder / CONTENTS.format(writer=writer)).write_text(json.dumps({"writers": writers, "sizes": sizes}))
+
+
+def keep_newest(folder: str) -> str | None:
+    """The newest complete checkpoint under a path or URL, or None. Everything else there is removed."""
+    filesystem, path = fsspec.url_to_fs(folder)
+    if not filesystem.exists(path):
+        return None
+    names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
+    kept = None
+    for name in reversed([name for name in names if name.startswith(PREFIX) and name != SNAPSHOT]):
+        if kept is None and is_complete(filesystem, f"{path}/{name}"):
+            kept = name
+        else:
+            filesystem.rm(f"{path}/{name}", recursive=True)
+    if SNAPSHOT in names:
+        filesystem.rm(f"{path}/{SNAPSHOT}")
+    return f"{folder}/{kept}" if kept is not None else None
+
+
+def is_complete(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Whether all writers have sealed their part and every file has the size that was written down."""
+    writer, writers = 0, 1
+    while writer < writers:
+        try:
+            part = json.loads(filesystem.cat_file(f"{path}/{CONTENTS.format(writer=writer)}"))
+            if any(filesystem.size(f"{path}/{file}") != size for file, size in part["sizes"].items()):
+                return False
+        except (FileNotFoundError, ValueError):
+            return False
+        writer, writers = writer + 1, int(part["writers"])
+    return True

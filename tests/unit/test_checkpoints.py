@@ -1,0 +1,61 @@
+"""Of what a kill leaves behind, the newest whole checkpoint is found and the rest is cleared away."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ctd_scale.checkpoints import SNAPSHOT, keep_newest, seal
+
+
+def checkpoint(root: Path, name: str, ranks: int = 1) -> Path:
+    """A checkpoint in which every rank wrote a file of its own, sealed by each as it goes."""
+    folder = root / f"checkpoint_{name}"
+    for rank in range(ranks):
+        part = root.parent / f"part-{name}-{rank}"
+        (part / "export").mkdir(parents=True)
+        (part / f"state-{rank}.pt").write_bytes(b"x" * (10 + rank))
+        (part / "export" / f"weights-{rank}").write_bytes(b"y" * 20)
+        seal(part, rank, ranks)
+        shutil.copytree(part, folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_nothing_was_written_yet(tmp_path: Path) -> None:
+    assert keep_newest(str(tmp_path / "graph-1")) is None
+    (tmp_path / "graph-1").mkdir()
+    assert keep_newest(str(tmp_path / "graph-1")) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_newest_is_kept_and_the_others_go(tmp_path: Path, ranks: int) -> None:
+    root = tmp_path / "graph-1"
+    for name in ("2026-01-01_10", "2026-01-03_09", "2026-01-02_11"):
+        checkpoint(root, name, ranks)
+    (root / SNAPSHOT).write_text("")
+    assert keep_newest(str(root)) == f"{root}/checkpoint_2026-01-03_09"
+    assert [entry.name for entry in root.iterdir()] == ["checkpoint_2026-01-03_09"]
+    assert keep_newest(str(root)) == f"{root}/checkpoint_2026-01-03_09"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "state-0.pt").unlink(),
+        lambda folder: (folder / "export" / "weights-1").write_bytes(b"y" * 19),
+        lambda folder: (folder / "contents-0.json").unlink(),
+        lambda folder: (folder / "contents-1.json").unlink(),
+        lambda folder: (folder / "contents-1.json").write_text(""),
+        lambda folder: (folder / "contents-0.json").write_text("{"),
+    ],
+)
+def test_what_is_not_whole_is_passed_over(tmp_path: Path, damage: object) -> None:
+    root = tmp_path / "llm-1"
+    checkpoint(root, "1", ranks=2)
+    newest = checkpoint(root, "2", ranks=2)
+    assert callable(damage)
+    damage(newest)
+    assert keep_newest(str(root)) == f"{root}/checkpoint_1"
+    assert not newest.exists()
