@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.report import Case, arguments, write
+from benchmarks.report import Case, parser, show, write
 from ctd_scale.config import DiffusionConfig
 from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
@@ -46,7 +46,7 @@ def seconds(*works: Callable[[], object], rounds: int = 5) -> list[float]:
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = parser(__doc__).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = DiffusionConfig()
@@ -76,6 +76,7 @@ def main() -> None:
 
         name = f"errors of {pool} candidates of {USERS} users, {config.error_evaluations} evaluations"
         cases.append(case(name, "candidates/s", USERS * pool, errors))
+    show(cases)
     write(cases, options.json)
 
 

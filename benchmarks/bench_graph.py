@@ -1,77 +1,99 @@
-"""The graph stage at size: building the CSR out of core, sampling from it, and training on what was sampled.
+"""The graph stage at size: building the graph out of core, sampling from it, training on what was sampled.
 
-Rival of the sampler: the same draws by a plain Python loop over nodes (`random.sample` and a dict for the labels).
-Rival of the streams: the same training loop that samples by itself, one minibatch after the other.
+Rivals: PyG's NeighborLoader (`--pyg PYTHON`, an interpreter that has torch-sparse; see rivals/neighbor_loader.py), a
+plain Python loop over nodes, and, for training, the same loop in one process that samples between its steps.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import multiprocessing
 import random
-import resource
+import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.report import Case, arguments, write
+from benchmarks import report
+from benchmarks.report import Case
+from ctd_scale import training
+from ctd_scale.artifacts import Run
 from ctd_scale.batches import Catalogue, InteractionLog
-from ctd_scale.config import GraphConfig
+from ctd_scale.config import GraphConfig, StageResources
+from ctd_scale.graph import kernels
 from ctd_scale.graph.build import build_graph
-from ctd_scale.graph.csr import BipartiteGraph
-from ctd_scale.graph.encoder import LightGCN
+from ctd_scale.graph.csr import NO_TIMES, BipartiteGraph
+from ctd_scale.graph.export import propagate
 from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch
 from ctd_scale.graph.stream import stream_minibatches
 from ctd_scale.graph.table import EmbeddingTable
-from ctd_scale.graph.train import minibatch_loss
-from ctd_scale.training import start_ray
+from ctd_scale.graph.train import train_steps
 
 FANOUT = (10, 10)
 SEEDS = 1024
-STEPS, WARM_UP = 150, 40
+STEPS, WARM_UP = 120, 40
 # users, items, interactions
 SIZES = {
-    "small": [(100_000, 50_000, 1_000_000), (500_000, 250_000, 5_000_000)],
-    "full": [
-        (100_000, 50_000, 1_000_000),
-        (500_000, 250_000, 5_000_000),
-        (1_000_000, 1_000_000, 20_000_000),
-        (2_000_000, 1_000_000, 50_000_000),
-    ],
+    "1M": (100_000, 50_000, 1_000_000),
+    "5M": (500_000, 250_000, 5_000_000),
+    "20M": (1_000_000, 1_000_000, 20_000_000),
+    "50M": (2_000_000, 1_000_000, 50_000_000),
 }
+CONFIG = GraphConfig(batch_size=SEEDS, fanout=FANOUT)
+RIVAL = Path(__file__).parent / "rivals" / "neighbor_loader.py"
 
 
 def synthetic_log(folder: Path, users: int, items: int, interactions: int) -> InteractionLog:
-    """Histories of geometric length over items whose popularity falls as a power law; files, not memory."""
+    """Histories of very different length over items whose popularity falls as a power law; files, not memory."""
     rng = np.random.default_rng(0)
-    lengths = rng.multinomial(interactions, rng.dirichlet(np.ones(1000)).repeat(users // 1000) / (users // 1000))
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+    activity = rng.dirichlet(np.ones(1000)).repeat(users // 1000) / (users // 1000)
+    offsets = np.concatenate([[0], np.cumsum(rng.multinomial(interactions, activity))])
     column = np.lib.format.open_memmap(folder / "items.npy", mode="w+", dtype=np.int32, shape=(interactions,))
     for start in range(0, interactions, 5_000_000):
         part = column[start : start + 5_000_000]
         part[:] = (items * rng.random(len(part)) ** 2).astype(np.int32)
-    column.flush()
     names = [""] * items
-    return InteractionLog(
-        np.load(folder / "offsets.npy", mmap_mode="r"),
-        np.load(folder / "items.npy", mmap_mode="r"),
-        [""] * users,
-        Catalogue(names, names, names),
-    )
+    return InteractionLog(offsets, column, [""] * users, Catalogue(names, names, names))
 
 
-def anonymous_peak() -> int:
-    """Peak resident memory of this process in bytes, mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """The most anonymous memory (mapped files are the system's cache) in bytes above that at the start, once left."""
+
+    def now() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+
+    start, most, stop = now(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            most[0] = max(most[0], now() - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        thread.join()
 
 
 def per_second(work: Callable[[int], int], seconds: float = 3.0) -> float:
-    """Units of work per second, after one warm-up call."""
-    work(0)
-    done, started, call = 0, time.perf_counter(), 1
+    """Units of work per second, after a few calls to warm up."""
+    for call in range(3):
+        work(call)
+    done, started, call = 0, time.perf_counter(), 3
     while time.perf_counter() - started < seconds:
         done += work(call)
         call += 1
@@ -93,91 +115,180 @@ def python_sample(graph: BipartiteGraph, seeds: list[int]) -> int:
     return edges
 
 
-def sampler_cases(graph: BipartiteGraph, name: str) -> list[Case]:
-    sampler = NeighborSampler(graph, FANOUT)
-
+def sampler_cases(graph: BipartiteGraph, folder: Path, name: str, pyg: str | None) -> list[Case]:
     def seeds(call: int) -> np.ndarray:
         return np.random.default_rng(call).choice(graph.num_nodes, SEEDS, replace=False).astype(np.int32)
 
-    def raw(call: int) -> int:
-        rng, nodes, edges = np.random.default_rng(call), seeds(call), 0
-        for fanout in FANOUT:
-            nodes, _ = sampler.draw(nodes, fanout, rng)
-            edges += len(nodes)
-        return edges
+    def raw(replace: bool) -> Callable[[int], int]:
+        sampler = NeighborSampler(graph, FANOUT, replace=replace)
+
+        def work(call: int) -> int:
+            nodes, edges = seeds(call), 0
+            for hop, fanout in enumerate(FANOUT):
+                groups = np.zeros(len(nodes), np.int32)
+                lengths = kernels.row_lengths(nodes, groups, graph.offsets, NO_TIMES, NO_TIMES)
+                nodes, _ = sampler.draw(nodes, groups, lengths, NO_TIMES, fanout, np.uint64(2 * call + hop))
+                edges += len(nodes)
+            return edges
+
+        return work
+
+    sampler, negative_sampler = NeighborSampler(graph, FANOUT), NegativeSampler(graph, CONFIG)
 
     def labelled(call: int) -> int:
-        _, blocks = sampler.sample(seeds(call), np.random.default_rng(call))
+        _, blocks = sampler.sample(seeds(call), (call,))
         return sum(len(block.sources) for block in blocks)
 
     def minibatch(call: int) -> int:
-        batch = make_minibatch(
-            sampler, NegativeSampler(graph, GraphConfig()), seed=0, step=call, batch_size=SEEDS, rank=0, world_size=1
-        )
+        batch = make_minibatch(sampler, negative_sampler, seed=0, step=call, batch_size=SEEDS, rank=0, world_size=1)
         return sum(len(block.sources) for block in batch.blocks)
 
-    plain = per_second(lambda call: python_sample(graph, seeds(call).tolist()))
     ours = per_second(labelled)
-    return [
-        Case("sampler", f"raw draws, {name}", "edges/s", per_second(raw)),
+    plain = per_second(lambda call: python_sample(graph, seeds(call).tolist()))
+    cases = [
+        Case("sampler", f"draws, distinct, {name}", "edges/s", per_second(raw(False))),
+        Case("sampler", f"draws, with replacement, {name}", "edges/s", per_second(raw(True))),
         Case("sampler", f"draws, unique and relabel, {name}", "edges/s", ours, plain, "plain Python", ours / plain),
         Case("sampler", f"finished minibatches, {name}", "edges/s", per_second(minibatch)),
     ]
-
-
-def steps_per_second(batches: Iterator[Minibatch], graph: BipartiteGraph) -> float:
-    """Training steps on what a stream gives, after those that fill the pipeline."""
-    config, encoder = GraphConfig(), LightGCN()
-    table = EmbeddingTable(graph.num_nodes, config.embed_dim, config.learning_rate, torch.device("cpu"))
-    started = 0.0
-    for number, batch in enumerate(batches):
-        if number == WARM_UP:
-            started = time.perf_counter()
-        nodes = torch.from_numpy(batch.nodes).long()
-        rows = table.rows(nodes)
-        loss = minibatch_loss(encoder, rows, batch, config.l2)
-        table.update(nodes, *torch.autograd.grad(loss, [rows]))
-    return (STEPS - WARM_UP) / (time.perf_counter() - started)
-
-
-def training_cases(graph: BipartiteGraph, folder: Path, name: str) -> list[Case]:
-    config = GraphConfig(batch_size=SEEDS, fanout=FANOUT)
-    sampler, negative_sampler = NeighborSampler(graph, FANOUT), NegativeSampler(graph, config)
-    plain = steps_per_second(
-        (
-            make_minibatch(sampler, negative_sampler, seed=0, step=step, batch_size=SEEDS, rank=0, world_size=1)
-            for step in range(STEPS)
-        ),
-        graph,
-    )
-    cases = []
-    for streaming, said in (("in_process", "a thread samples"), ("ray_data", "Ray Data samples")):
-        chosen = config.model_copy(update={"streaming": streaming})
-        stream = stream_minibatches(chosen, str(folder), seed=0, rank=0, world_size=1, start=0, stop=STEPS)
-        ours = steps_per_second(stream, graph)
-        cases.append(Case("training", f"{said}, {name}", "steps/s", ours, plain, "one plain process", ours / plain))
+    if pyg is not None:
+        done = subprocess.run([pyg, str(RIVAL), str(folder)], capture_output=True, text=True, check=True)
+        for kind, theirs in json.loads(done.stdout.splitlines()[-1]).items():
+            cases.append(
+                Case("sampler", f"unique and relabel, {name}", "edges/s", ours, theirs, f"PyG {kind}", ours / theirs)
+            )
     return cases
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    torch.set_num_threads(1)
-    start_ray()
-    cases = []
-    for users, items, interactions in SIZES[options.size]:
-        name = f"{interactions // 1_000_000}M interactions"
-        with tempfile.TemporaryDirectory() as folder:
-            log = synthetic_log(Path(folder), users, items, interactions)
-            target = Path(folder) / "graph"
-            target.mkdir()
+def timed_steps(minibatches: Iterator[Minibatch], num_nodes: int) -> dict[str, float]:
+    """Training steps per second after those that fill the pipeline, messages per second, and the share of waiting."""
+    table = EmbeddingTable(num_nodes, CONFIG.embed_dim, CONFIG.learning_rate, torch.device("cpu"), seed=0)
+    messages = 0
+
+    def counted() -> Iterator[Minibatch]:
+        nonlocal messages
+        for batch in minibatches:
+            messages += sum(len(block.sources) for block in batch.blocks)
+            yield batch
+
+    clock = training.WaitClock(counted())
+    started = 0.0
+    for step, _ in enumerate(train_steps(clock, table, CONFIG.l2), start=1):
+        if step == WARM_UP:
+            started, messages = time.perf_counter(), 0
+            clock.share()
+    elapsed = time.perf_counter() - started
+    return {"steps": (STEPS - WARM_UP) / elapsed, "messages": messages / elapsed, "wait": clock.share()}
+
+
+def bench_loop(arguments: dict[str, Any]) -> None:
+    """The steps of the stage's loop inside a Ray Train worker."""
+    training.prepare_worker(arguments, 0)
+    config = CONFIG.model_copy(update={"streaming": arguments["streaming"]})
+    graph = BipartiteGraph.load(Path(arguments["graph"]))
+    stream = stream_minibatches(config, arguments["graph"], seed=0, rank=0, world_size=1, start=0, stop=STEPS)
+    rates = timed_steps(stream, graph.num_nodes)
+
+    def write(folder: Path) -> None:
+        (folder / training.EXPORT).mkdir()
+        (folder / training.EXPORT / "rates.json").write_text(json.dumps(rates))
+
+    training.report_checkpoint({"step": STEPS}, write)
+
+
+def training_cases(graph: BipartiteGraph, folder: Path, name: str) -> list[Case]:
+    sampler, negative_sampler = NeighborSampler(graph, FANOUT), NegativeSampler(graph, CONFIG)
+
+    def plain(threads: int) -> dict[str, float]:
+        torch.set_num_threads(threads)
+        batches = (
+            make_minibatch(sampler, negative_sampler, seed=0, step=step, batch_size=SEEDS, rank=0, world_size=1)
+            for step in range(STEPS)
+        )
+        return timed_steps(batches, graph.num_nodes)
+
+    rival = max((plain(threads) for threads in (1, 2)), key=lambda rates: rates["steps"])
+    cases = [Case("training", f"ns per sampled edge, one plain process, {name}", "ns", 1e9 / rival["messages"])]
+    for streaming, said in (("in_process", "a thread samples"), ("ray_data", "Ray Data samples")):
+        with tempfile.TemporaryDirectory() as root:
+            export = training.run_training(
+                bench_loop,
+                {"graph": str(folder), "streaming": streaming},
+                run=Run(root, "bench"),
+                stage="graph",
+                key=streaming,
+                resources=StageResources(num_workers=1, threads_per_worker=1),
+            )
+            rates = json.loads((export / "rates.json").read_text())
+        said = f"Ray Train, {said}, {name}"
+        ratio = rates["steps"] / rival["steps"]
+        cases.append(Case("training", said, "steps/s", rates["steps"], rival["steps"], "one plain process", ratio))
+        cases.append(Case("training", f"share of waiting for data, {said}", "", rates["wait"]))
+        cases.append(Case("training", f"ns per sampled edge, {said}", "ns", 1e9 / rates["messages"]))
+    return cases
+
+
+def propagation_case(graph: BipartiteGraph, folder: Path, name: str) -> Case:
+    layer0 = np.random.default_rng(0).standard_normal((graph.num_nodes, CONFIG.embed_dim), np.float32)
+    propagate(BipartiteGraph.from_edges(np.zeros(1, np.int32), np.zeros(1, np.int32), 1, 1), layer0[:2], 1, 1, folder)
+    started = time.perf_counter()
+    propagate(graph, layer0, 2, CONFIG.propagation_chunk, folder)
+    elapsed = time.perf_counter() - started
+    return Case("propagation", f"two layers, exact, {name}", "edges/s", 2 * len(graph.neighbors) / elapsed)
+
+
+def cases_of(name: str, pyg: str | None) -> list[Case]:
+    """Everything at one size, in a process of its own, so that its memory is its own."""
+    users, items, interactions = SIZES[name]
+    with tempfile.TemporaryDirectory() as root:
+        log, folder = synthetic_log(Path(root), users, items, interactions), Path(root) / "graph"
+        folder.mkdir()
+        with peak_memory() as memory:
             started = time.perf_counter()
-            graph = build_graph(log, target)
+            graph = build_graph(log, folder)
             elapsed = time.perf_counter() - started
-            cases.append(Case("build", f"{graph.num_edges:,} edges, {name}", "interactions/s", interactions / elapsed))
-            cases.append(Case("build", f"peak memory with mapped files, {name}", "MB", anonymous_peak() / 1e6))
-            cases += sampler_cases(graph, name)
-            cases += training_cases(graph, target, name)
-    write(cases, options.json)
+        said = f"{users:,} users, {items:,} items, {graph.num_edges:,} edges"
+        return [
+            Case("build", f"{name}: {said}", "interactions/s", interactions / elapsed),
+            Case("build", f"peak memory, {name}", "MB", memory[0] / 1e6),
+            *sampler_cases(graph, folder, name, pyg),
+            *training_cases(graph, folder, name),
+            propagation_case(graph, Path(root), name),
+        ]
+
+
+def draw(cases: list[Case], path: Path) -> None:
+    """Throughput against size."""
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(figsize=(6, 4))
+    for label in ("draws, distinct", "draws, unique and relabel", "finished minibatches"):
+        rates = [case.ours for case in cases if case.case.startswith(label)]
+        axes.plot(list(SIZES)[: len(rates)], [rate / 1e6 for rate in rates], marker="o", label=label)
+    for label in ("one plain process", "Ray Train, a thread samples", "Ray Train, Ray Data samples"):
+        cost = [case.ours for case in cases if case.case.startswith(f"ns per sampled edge, {label}")]
+        axes.plot(list(SIZES)[: len(cost)], [1e3 / each for each in cost], marker="s", label=f"training: {label}")
+    axes.set(xlabel="interactions", ylabel="million sampled edges per second", ylim=(0, None))
+    axes.legend(fontsize=7)
+    plt.tight_layout()
+    plt.savefig(path)
+
+
+def main() -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--pyg", help="an interpreter with torch-sparse, to time PyG's NeighborLoader")
+    parser.add_argument("--picture", type=Path, help="where throughput against size is drawn")
+    options: argparse.Namespace = parser.parse_args()
+    names = list(SIZES)[: 2 if options.size == "small" else 4]
+    cases: list[Case] = []
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            measured = pool.submit(cases_of, name, options.pyg).result()
+        report.show(measured)
+        cases += measured
+    report.write(cases, options.json)
+    if options.picture is not None:
+        draw(cases, options.picture)
 
 
 if __name__ == "__main__":

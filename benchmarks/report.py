@@ -27,12 +27,12 @@ class Case:
     ratio: float | None = None
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """`--size small|full --json PATH`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--size", choices=("small", "full"), default="small", help="small ends within three minutes")
-    parser.add_argument("--json", type=Path, help="where the cases are written")
-    return parser.parse_args()
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--size", choices=("small", "full"), default="small", help="small ends within minutes")
+    made.add_argument("--json", type=Path, help="where the cases are written")
+    return made
 
 
 def machine() -> str:
@@ -51,11 +51,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(cases: list[Case], path: Path | None) -> None:
-    """Print the cases, and write them as JSON where asked."""
+def show(cases: list[Case]) -> None:
     for case in cases:
         rival = f"  {case.rival_name} {case.rival:.4g}  ratio {case.ratio:.2f}" if case.rival and case.ratio else ""
-        print(f"{case.bench:14} {case.case:48} {case.ours:12.4g} {case.unit}{rival}")
+        print(f"{case.bench:12} {case.case:64} {case.ours:12.4g} {case.unit}{rival}", flush=True)
+
+
+def write(cases: list[Case], path: Path | None) -> None:
+    """Write the cases as JSON where asked."""
     if path is not None:
         command = f"python -m {Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}"
         shared = {"machine": machine(), "versions": versions(), "command": command}

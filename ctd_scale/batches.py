@@ -59,6 +59,8 @@ class InteractionLog:
     items: Int32[ndarray, "interactions"]
     user_ids: list[str]
     catalogue: Catalogue
+    # Microseconds since 1970, where the source has timestamps and not only positions.
+    times: Int64[ndarray, "interactions"] | None = None
 
     @property
     def num_users(self) -> int:
@@ -107,6 +109,8 @@ class InteractionLog:
     def save(self, folder: Path) -> None:
         np.save(folder / "offsets.npy", self.offsets)
         np.save(folder / "items.npy", self.items)
+        if self.times is not None:
+            np.save(folder / "times.npy", self.times)
         write_table(pa.table({"user_id": self.user_ids}), folder / "users.parquet")
         columns = {
             "item_id": self.catalogue.item_ids,
@@ -125,6 +129,7 @@ class InteractionLog:
             catalogue=Catalogue(
                 items["item_id"].to_pylist(), items["title"].to_pylist(), items["category"].to_pylist()
             ),
+            times=np.load(times, mmap_mode="r") if (times := folder / "times.npy").exists() else None,
         )
 
 

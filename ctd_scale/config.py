@@ -61,10 +61,16 @@ class GraphConfig(Section):
     embed_dim: Positive = 64
     num_layers: Positive = 2
     fanout: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (16, 8)
+    replace: bool = Field(False, description="draw with replacement where a node has more neighbours than its fanout")
+    hub_cap: Annotated[int, Field(ge=0)] = Field(0, description="a node hears from so many neighbours at most; 0 = all")
+    time_respecting: bool = Field(False, description="train each edge on what was older than it; needs timestamps")
     epochs: Positive = 40
     batch_size: Positive = Field(2048, description="positive edges per optimizer step, all workers together")
     learning_rate: PositiveFloat = 1e-2
     l2: NotNegative = 1e-4
+    table_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="how embeddings and moments are stored; bfloat16 halves them and rounds at random"
+    )
     negatives: Literal["uniform", "popularity", "in_batch"] = Field(
         "uniform", description="where negatives come from; the loss is corrected for their probability"
     )

@@ -131,7 +131,9 @@ def one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OneWorker:
         def step(self, step: int, scalars: dict[str, Any]) -> None:
             assert step <= self.total_steps
             worker.steps.append(step)
-            worker.curves.append({name: float(value) for name, value in scalars.items()})
+            worker.curves.append(
+                {name: float(value() if callable(value) else value) for name, value in scalars.items()}
+            )
 
         def close(self) -> None:
             pass

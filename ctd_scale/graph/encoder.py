@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch_geometric.nn import LGConv
 
-# One hop as tensors: edge_index [2, messages] (source, target positions), weights [messages], number of targets.
-BlockTensors = tuple[Tensor, Tensor, int]
+from ctd_scale.graph import kernels
+
+
+class WeightedSum(torch.autograd.Function):
+    """A sparse CSR matrix times a dense one on the CPU. The gradient walks the same rows, so nothing is transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Tensor, values: Tensor) -> Tensor:
+        ctx.parts = tuple(part.numpy() for part in (block.crow_indices(), block.col_indices(), block.values()))
+        ctx.shape = values.shape
+        out = values.new_empty(block.shape[0], values.shape[1])
+        kernels.sum_sources(*ctx.parts, values.numpy(), out.numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = gradients
+        out = gradient.new_zeros(ctx.shape)
+        kernels.sum_targets(*ctx.parts, gradient.contiguous().numpy(), out.numpy())
+        return None, out
+
+
+class BlockConv(LGConv):  # type: ignore[misc]
+    """LightGCN's convolution over a block; elsewhere than on the CPU its sum is torch's."""
+
+    def message_and_aggregate(self, edge_index: Tensor, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return WeightedSum.apply(edge_index, x.contiguous())
+        return super().message_and_aggregate(edge_index, x)
 
 
 class LightGCN(nn.Module):
@@ -18,14 +47,20 @@ class LightGCN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         # The blocks carry their weights: normalisation needs the degrees of the whole graph, not of the sample.
-        self.conv = LGConv(normalize=False)
+        self.conv = BlockConv(normalize=False)
 
     def forward(
-        self, layer0: Float[Tensor, "nodes embed_dim"], blocks: Sequence[BlockTensors], num_seeds: int
+        self,
+        layer0: Float[Tensor, "nodes embed_dim"],
+        seeds: Float[Tensor, "seeds embed_dim"],
+        blocks: Sequence[Tensor],
     ) -> Float[Tensor, "seeds embed_dim"]:
-        """The encoded seeds, which are the first of the nodes."""
-        layer, total = layer0, layer0[:num_seeds]
-        for edge_index, weights, num_targets in blocks:
-            layer = self.conv(layer, edge_index, weights)[:num_targets]
-            total = total + layer[:num_seeds]
+        """The encoded seeds. `seeds` are their rows of layer 0, its first; each block is a CSR matrix [targets, nodes].
+
+        The caller cuts `seeds` out once: each cut costs a gradient of the size of all rows.
+        """
+        layer, total = layer0, seeds
+        for block in blocks:
+            layer = self.conv(layer, block)
+            total = total + layer[: len(seeds)]
         return total / (len(blocks) + 1)

@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
-import warnings
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float32
 from numpy import ndarray
+from numpy.lib.format import open_memmap
 
 from ctd_scale.batches import NodeArrays
+from ctd_scale.graph import kernels
 from ctd_scale.graph.csr import BipartiteGraph
 
 
 def propagate(
-    graph: BipartiteGraph, layer0: Float32[ndarray, "nodes embed_dim"], num_layers: int, chunk: int
+    graph: BipartiteGraph, layer0: Float32[ndarray, "nodes embed_dim"], num_layers: int, chunk: int, scratch: Path
 ) -> Float32[ndarray, "nodes embed_dim"]:
-    """Mean of layers 0 to num_layers, computed for `chunk` nodes at a time.
+    """Mean of layers 0 to num_layers, computed for `chunk` nodes at a time and thread, one thread per core.
 
-    Memory: three [nodes, embed_dim] arrays and the edges of one chunk.
+    Memory: 4 bytes per node and `chunk` rows per thread; layers are files in `scratch`, gone when nobody reads them.
     """
-    inverse_root = 1.0 / np.sqrt(np.maximum(graph.degrees, 1)).astype(np.float32)
-    layer, total = torch.from_numpy(layer0), torch.from_numpy(layer0.copy())
-    for _ in range(num_layers):
-        following = torch.empty_like(layer)
-        for start in range(0, graph.num_nodes, chunk):
+    roots = np.sqrt(np.maximum(graph.degrees, 1), dtype=np.float32)
+    starts = range(0, graph.num_nodes, chunk)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+
+        def file(name: str) -> ndarray:
+            return np.asarray(open_memmap(Path(folder) / name, mode="w+", dtype=np.float32, shape=layer0.shape))
+
+        total, layers = file("total.npy"), [file("odd.npy"), file("even.npy")]
+        for start in starts:
+            total[start : start + chunk] = layer0[start : start + chunk]
+
+        def rows(start: int, layer: ndarray, following: ndarray, last: bool) -> None:
             stop = min(start + chunk, graph.num_nodes)
-            offsets = np.asarray(graph.offsets[start : stop + 1])
-            columns = graph.neighbors[offsets[0] : offsets[-1]].astype(np.int64)
-            rows = np.repeat(np.arange(start, stop), np.diff(offsets))
-            with warnings.catch_warnings():  # torch calls CSR beta, once per process
-                warnings.filterwarnings("ignore", "Sparse", UserWarning)
-                adjacency = torch.sparse_csr_tensor(
-                    torch.from_numpy(offsets - offsets[0]),
-                    torch.from_numpy(columns),
-                    torch.from_numpy(inverse_root[rows] * inverse_root[columns]),
-                    size=(stop - start, graph.num_nodes),
-                )
-            following[start:stop] = adjacency @ layer
-        layer = following
-        total += layer
-    return np.asarray((total / (num_layers + 1)).numpy())
+            kernels.propagate_rows(start, stop, graph.offsets, graph.neighbors, roots, layer, following[start:stop])
+            total[start:stop] += following[start:stop]
+            if last:
+                total[start:stop] /= np.float32(num_layers + 1)
+
+        layer = np.asarray(layer0)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for number in range(1, num_layers + 1):
+                following = layers[number % 2]
+                for done in [pool.submit(rows, start, layer, following, number == num_layers) for start in starts]:
+                    done.result()
+                layer = following
+    return total
 
 
 def split_nodes(graph: BipartiteGraph, embeddings: Float32[ndarray, "nodes embed_dim"]) -> NodeArrays:

@@ -24,7 +24,7 @@ class NegativeSampler:
     def __init__(self, graph: BipartiteGraph, config: GraphConfig) -> None:
         self._graph, self._kind = graph, config.negatives
         exponent = {"uniform": 0.0, "popularity": config.popularity_exponent, "in_batch": 1.0}[config.negatives]
-        degrees = np.diff(graph.offsets[graph.num_users :]).astype(np.float64)
+        degrees = graph.degrees[graph.num_users :].astype(np.float64)
         # An item without an edge is never popular; uniform draws take it too.
         weights = degrees**exponent if exponent else np.ones_like(degrees)
         self._cumulative: Float64[ndarray, "items"] = np.cumsum(weights)

@@ -1,7 +1,8 @@
 """Vectorised neighbour sampling: from positive edges to the message-passing blocks of a minibatch.
 
-A minibatch is a function of (seed, epoch, step, rank) alone, so it is the same whoever computes it and in whatever
-order: actors may die, runs may resume.
+A minibatch is a function of (seed, step, rank) alone, so it is the same whoever computes it and in whatever order:
+actors may die, runs may resume. What is drawn for a node does not even depend on the rank: two workers train on the
+neighbourhoods that one would.
 """
 
 from __future__ import annotations
@@ -10,22 +11,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int32, Int64, Integer
+from jaxtyping import Float32, Int32, Int64, Integer, UInt64
 from numpy import ndarray
 
-from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph import kernels
+from ctd_scale.graph.csr import NO_TIMES, BipartiteGraph
 from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.permutation import permuted
 
 
 @dataclass(frozen=True)
 class Block:
-    """One hop of messages: `sources[e] -> targets[e]` with `weights[e]`; targets are the first `num_targets` nodes."""
+    """One hop of messages as a CSR matrix: target t, the t-th node, hears `weights[e]` times the node at `sources[e]`
+    for all e in starts[t] .. starts[t + 1]."""
 
+    starts: Int32[ndarray, "rows"]
     sources: Int32[ndarray, "messages"]
-    targets: Int32[ndarray, "messages"]
     weights: Float32[ndarray, "messages"]
-    num_targets: int
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.starts) - 1
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,11 @@ class Minibatch:
             "negatives": self.negatives,
             "corrections": self.corrections,
             "nodes": self.nodes,
-            "sizes": np.array([self.num_seeds, *(block.num_targets for block in self.blocks)]),
+            "num_seeds": np.array([self.num_seeds]),
+            "rows": np.array([len(block.starts) for block in self.blocks]),
             "messages": np.array([len(block.sources) for block in self.blocks]),
+            "starts": np.concatenate([block.starts for block in self.blocks]),
             "sources": np.concatenate([block.sources for block in self.blocks]),
-            "targets": np.concatenate([block.targets for block in self.blocks]),
             "weights": np.concatenate([block.weights for block in self.blocks]),
         }
         return pa.table({name: pa.LargeListArray.from_arrays([0, len(v)], pa.array(v)) for name, v in columns.items()})
@@ -62,87 +69,117 @@ class Minibatch:
     @classmethod
     def from_arrow(cls, row: pa.Table) -> Minibatch:
         read = {name: row[name].combine_chunks().flatten().to_numpy() for name in row.column_names}
-        num_seeds, *num_targets = read["sizes"].tolist()
+        by_row = np.split(read["starts"], np.cumsum(read["rows"])[:-1])
         cuts = np.cumsum(read["messages"])[:-1]
-        parts = zip(
-            *(np.split(read[name], cuts) for name in ("sources", "targets", "weights")), num_targets, strict=True
+        blocks = map(Block, by_row, np.split(read["sources"], cuts), np.split(read["weights"], cuts))
+        return cls(
+            read["users"],
+            read["positives"],
+            read["negatives"],
+            read["corrections"],
+            int(read["num_seeds"][0]),
+            read["nodes"],
+            tuple(blocks),
         )
-        blocks = tuple(Block(*part) for part in parts)
-        users, positives, negatives = read["users"], read["positives"], read["negatives"]
-        return cls(users, positives, negatives, read["corrections"], num_seeds, read["nodes"], blocks)
 
 
 class NeighborSampler:
-    """Draws up to `fanout[l]` distinct neighbours per node and hop, weighted so that the sum is unbiased.
+    """Draws up to `fanout[l]` neighbours per node and hop, weighted so that the sum is unbiased.
 
-    LightGCN needs `sum_{w in N(v)} e_w / sqrt(d_v d_w)`. Of d_v neighbours, n = min(d_v, fanout) are drawn without
-    replacement, and each term is scaled by d_v / n. Every hop draws anew for all of its targets, also for those
-    that an outer hop drew for already: reused draws would be correlated and bias paths that return to a node.
+    LightGCN needs `sum_{w in N(v)} e_w / sqrt(d_v d_w)`. Of the neighbours that v hears from, n are drawn, and each
+    term is scaled by d_v / n. Every hop draws anew for all of its targets, also for those that an outer hop drew for
+    already: reused draws would be correlated and bias paths that return to a node.
+
+    In a graph with times every seed has a bound, and all that is drawn for it is older: the neighbourhood is that of
+    the graph before the bound, degrees included.
     """
 
-    def __init__(self, graph: BipartiteGraph, fanout: tuple[int, ...]) -> None:
+    def __init__(self, graph: BipartiteGraph, fanout: tuple[int, ...], *, replace: bool = False) -> None:
         self.graph = graph
         self.fanout = fanout
-        self._offsets = np.asarray(graph.offsets)
-        self._degrees = np.diff(self._offsets).astype(np.int32)
-        self._root = np.sqrt(self._degrees, dtype=np.float32)
-        self._position = np.full(graph.num_nodes, -1, np.int32)
+        self._replace = replace
+        self._root = np.sqrt(graph.degrees, dtype=np.float32)
+        self._keys, self._places = np.empty(0, np.int64), np.empty(0, np.int32)
 
     def sample(
-        self, seeds: Integer[ndarray, "seeds"], random: np.random.Generator
+        self,
+        seeds: Integer[ndarray, "seeds"],
+        key: tuple[int, ...],
+        *,
+        groups: Integer[ndarray, "seeds"] | None = None,
+        bounds: Int64[ndarray, "groups"] = NO_TIMES,
     ) -> tuple[Int32[ndarray, "nodes"], tuple[Block, ...]]:
-        """Nodes (seeds first, which must be distinct) and blocks (in order of application) that encode the seeds."""
-        nodes, blocks = seeds.astype(np.int32), []
-        for fanout in self.fanout:
-            neighbors, targets = self.draw(nodes, fanout, random)
-            degrees = self._degrees[nodes]
+        """Nodes (seeds first, which must be distinct) and blocks (in order of application) that encode the seeds.
+
+        `key` says which sample: the same one draws the same for a node, whatever the other seeds are. In a graph with
+        times, seed s may hear what is older than `bounds[groups[s]]`; seeds are distinct pairs with their group.
+        """
+        nodes = seeds.astype(np.int32)
+        group = np.zeros(len(seeds), np.int32) if groups is None else groups.astype(np.int32)
+        blocks = []
+        for fanout, hop_key in zip(self.fanout, _hash_keys(key, len(self.fanout)), strict=True):
+            lengths = self._lengths(nodes, group, bounds)
+            neighbors, starts = self.draw(nodes, group, lengths, bounds, fanout, hop_key)
+            grown, grown_group, sources = self._relabel(nodes, group, neighbors, starts)
             # d_v / n scales the sum up to all of v's neighbours; 1 / sqrt(d_v d_w) is LightGCN's.
-            scale = self._root[nodes] / np.maximum(np.minimum(degrees, fanout), 1).astype(np.float32)
-            weights = scale[targets] / self._root[neighbors]
-            grown, sources = self._relabel(nodes, neighbors)
-            blocks.append(Block(sources, targets, weights, len(nodes)))
-            nodes = grown
+            root = self._roots(grown, grown_group, bounds)
+            drawn = np.diff(starts)
+            scale = root[: len(nodes)] / np.maximum(drawn, 1).astype(np.float32)
+            blocks.append(Block(starts, sources, np.repeat(scale, drawn) / root[sources]))
+            nodes, group = grown, grown_group
         return nodes, tuple(reversed(blocks))
 
     def draw(
-        self, nodes: Int32[ndarray, "nodes"], fanout: int, random: np.random.Generator
-    ) -> tuple[Int32[ndarray, "messages"], Int32[ndarray, "messages"]]:
-        """Neighbour ids, and the position of the node that each belongs to."""
-        starts, degrees = self._offsets[nodes], self._degrees[nodes]
-        few, many = np.flatnonzero(degrees <= fanout), np.flatnonzero(degrees > fanout)
-        counts = degrees[few]
-        slot = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        drawn = _distinct(degrees[many], fanout, random) + starts[many]
-        picks = np.concatenate([np.repeat(starts[few], counts) + slot, drawn.ravel()])
-        targets = np.concatenate([np.repeat(few, counts), np.tile(many, fanout)])
-        return self.graph.neighbors[picks], targets.astype(np.int32)
+        self,
+        nodes: Int32[ndarray, "nodes"],
+        groups: Int32[ndarray, "nodes"],
+        lengths: Int32[ndarray, "nodes"],
+        bounds: Int64[ndarray, "groups"],
+        fanout: int,
+        key: np.uint64,
+    ) -> tuple[Int32[ndarray, "messages"], Int32[ndarray, "rows"]]:
+        """Neighbour ids, and where those of each node start."""
+        graph = self.graph
+        return kernels.draw_neighbors(
+            nodes, groups, lengths, graph.offsets, graph.neighbors, bounds, fanout, self._replace, key
+        )
+
+    def _lengths(
+        self, nodes: Int32[ndarray, "nodes"], groups: Int32[ndarray, "nodes"], bounds: Int64[ndarray, "groups"]
+    ) -> Int32[ndarray, "nodes"]:
+        """How many neighbours each node may hear from. Without bounds times are not looked at."""
+        times = self.graph.times if len(bounds) else NO_TIMES
+        return kernels.row_lengths(nodes, groups, self.graph.offsets, times, bounds)
 
     def _relabel(
-        self, nodes: Int32[ndarray, "nodes"], neighbors: Int32[ndarray, "messages"]
-    ) -> tuple[Int32[ndarray, "grown"], Int32[ndarray, "messages"]]:
+        self,
+        nodes: Int32[ndarray, "nodes"],
+        groups: Int32[ndarray, "nodes"],
+        neighbors: Int32[ndarray, "messages"],
+        starts: Int32[ndarray, "rows"],
+    ) -> tuple[Int32[ndarray, "grown"], Int32[ndarray, "grown"], Int32[ndarray, "messages"]]:
         """Append the neighbours that are new; give each message the position of its source."""
-        position = self._position
-        position[nodes] = np.arange(len(nodes), dtype=np.int32)
-        unknown = np.sort(neighbors[position[neighbors] < 0])
-        new = unknown[np.flatnonzero(np.diff(unknown, prepend=-1))]
-        grown = np.concatenate([nodes, new])
-        position[new] = np.arange(len(nodes), len(grown), dtype=np.int32)
-        sources = position[neighbors]
-        position[grown] = -1
-        return grown, sources
+        needed = 1 << (2 * (len(nodes) + len(neighbors))).bit_length()
+        if len(self._keys) < needed:
+            self._keys, self._places = np.full(needed, kernels.EMPTY, np.int64), np.empty(needed, np.int32)
+        return kernels.relabel(nodes, groups, neighbors, starts, self.graph.num_nodes, self._keys, self._places)
+
+    def _roots(
+        self, nodes: Int32[ndarray, "nodes"], groups: Int32[ndarray, "nodes"], bounds: Int64[ndarray, "groups"]
+    ) -> Float32[ndarray, "nodes"]:
+        """The square root of each node's degree, in the graph as old as its bound."""
+        if not len(bounds):
+            return self._root[nodes]
+        graph = self.graph
+        older = self._lengths(nodes, groups, bounds)
+        whole = graph.offsets[nodes + 1] - graph.offsets[nodes]
+        # A row that was cut shows a part of its edges; the same part is taken to be older.
+        share = np.sqrt(older / np.maximum(whole, 1), dtype=np.float32)
+        return np.maximum(self._root[nodes] * share, np.float32(1))
 
 
-def _distinct(sizes: Int32[ndarray, "rows"], count: int, random: np.random.Generator) -> Int32[ndarray, "count rows"]:
-    """`count` distinct numbers below each size, uniformly (Floyd's algorithm, all rows at once)."""
-    chosen = np.empty((count, len(sizes)), np.int32)
-    for slot in range(count):
-        last = sizes - np.int32(count - slot)
-        draw = (random.random(len(sizes)) * (last + 1)).astype(np.int32)
-        taken = np.zeros(len(sizes), np.bool_)
-        for earlier in chosen[:slot]:
-            taken |= earlier == draw
-        chosen[slot] = np.where(taken, last, draw)
-    return chosen
+def _hash_keys(key: tuple[int, ...], count: int) -> UInt64[ndarray, "count"]:
+    return np.random.SeedSequence(key).generate_state(count, np.uint64)
 
 
 def steps_per_epoch(num_edges: int, batch_size: int) -> int:
@@ -164,11 +201,15 @@ def make_minibatch(
     graph = sampler.graph
     epoch, position = divmod(step, steps_per_epoch(graph.num_edges, batch_size))
     places = np.arange(position * batch_size, min((position + 1) * batch_size, graph.num_edges))
-    users, positives = graph.edge(permuted(places, graph.num_edges, (seed, 0, epoch)))
+    edges = permuted(places, graph.num_edges, (seed, 0, epoch))
+    users, positives = graph.edge(edges)
     negatives, corrections = negative_sampler.draw(users, positives, np.random.default_rng((seed, 1, step)))
     mine = slice(rank, None, world_size)
-    users, positives, negatives = users[mine], positives[mine], negatives[mine]
-    seeds, inverse = np.unique(np.concatenate([users, positives, negatives]), return_inverse=True)
-    nodes, blocks = sampler.sample(seeds, np.random.default_rng((seed, 2, step, rank)))
-    user_seeds, positive_seeds, negative_seeds = np.split(inverse, 3)
+    triples = np.stack([users, positives, negatives])[:, mine]
+    # All three of a triple are seen as they were before its edge.
+    bounds, group = np.unique(graph.positive_times[edges[mine]], return_inverse=True) if graph.timed else (NO_TIMES, 0)
+    keys, inverse = np.unique(group * graph.num_nodes + triples, return_inverse=True)
+    groups, seeds = np.divmod(keys, graph.num_nodes)
+    nodes, blocks = sampler.sample(seeds, (seed, 2, step), groups=groups, bounds=bounds)
+    user_seeds, positive_seeds, negative_seeds = inverse.reshape(triples.shape)
     return Minibatch(user_seeds, positive_seeds, negative_seeds, corrections[mine], len(seeds), nodes, blocks)

@@ -36,7 +36,7 @@ class SampleMinibatches:
     def __init__(self, config: dict[str, Any], graph: str, seed: int, rank: int, world_size: int) -> None:
         self._config = GraphConfig.model_validate(config)
         loaded = BipartiteGraph.load(Path(graph))
-        self._sampler = NeighborSampler(loaded, self._config.fanout)
+        self._sampler = NeighborSampler(loaded, self._config.fanout, replace=self._config.replace)
         self._negative_sampler = NegativeSampler(loaded, self._config)
         self._seed, self._rank, self._world_size = seed, rank, world_size
 

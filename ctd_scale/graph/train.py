@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 
 from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import GraphConfig, RunConfig
-from ctd_scale.graph.build import build_graph
+from ctd_scale.graph.build import NO_CAP, build_graph
 from ctd_scale.graph.csr import BipartiteGraph
-from ctd_scale.graph.encoder import BlockTensors, LightGCN
+from ctd_scale.graph.encoder import LightGCN
 from ctd_scale.graph.export import propagate, split_nodes
 from ctd_scale.graph.losses import bpr_loss, l2_loss
-from ctd_scale.graph.sampler import Minibatch, steps_per_epoch
+from ctd_scale.graph.sampler import Block, Minibatch, steps_per_epoch
 from ctd_scale.graph.stream import stream_minibatches
-from ctd_scale.graph.table import EmbeddingTable, mean_over_workers
+from ctd_scale.graph.table import EmbeddingTable
+
+# What every worker exports: its rows of layer 0.
+PART = "layer0-{rank}.npy"
 
 
 def train_graph(run: Run, config: RunConfig, config_hash: str) -> None:
@@ -29,7 +35,7 @@ def train_graph(run: Run, config: RunConfig, config_hash: str) -> None:
     inputs = {interactions.name: interactions.digest}
     facts: dict[str, Any] = {}
     with run.publish("graph", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
-        graph = build_graph(log, folder)
+        graph = build_graph(log, folder, timed=config.graph.time_respecting, hub_cap=config.graph.hub_cap or NO_CAP)
         if graph.num_edges < config.resources.graph.num_workers:
             raise ValueError(
                 f"the training split has {graph.num_edges} edges for resources.graph.num_workers="
@@ -47,12 +53,21 @@ def train_graph(run: Run, config: RunConfig, config_hash: str) -> None:
         resources=config.resources.graph,
     )
     graph = BipartiteGraph.load(artifact.path)
-    layer0 = np.load(export / "layer0.npy")
-    embeddings = split_nodes(graph, propagate(graph, layer0, config.graph.num_layers, config.graph.propagation_chunk))
+    layer0 = gather_rows(graph.num_nodes, export)
     inputs[artifact.name] = artifact.digest
     facts["embed_dim"] = config.graph.embed_dim
     with run.publish("embeddings", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
-        embeddings.save(folder)
+        published = propagate(graph, layer0, config.graph.num_layers, config.graph.propagation_chunk, folder)
+        split_nodes(graph, published).save(folder)
+
+
+def gather_rows(num_nodes: int, export: Path) -> np.ndarray:
+    """The table [nodes, embed_dim] from the parts that its owners wrote, as a file beside them."""
+    parts = [np.load(path, mmap_mode="r") for path in sorted(export.glob(PART.format(rank="*")))]
+    whole = open_memmap(export / "layer0.npy", mode="w+", dtype=np.float32, shape=(num_nodes, parts[0].shape[1]))
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
@@ -60,62 +75,89 @@ def train_loop(arguments: dict[str, Any]) -> None:
     config, seed = GraphConfig.model_validate(arguments["config"]), int(arguments["seed"])
     device = training.prepare_worker(arguments, seed)
     graph = BipartiteGraph.load(Path(arguments["graph"]))
-    encoder = LightGCN()
-    table = EmbeddingTable(graph.num_nodes, config.embed_dim, config.learning_rate, device)
+    table = EmbeddingTable(
+        graph.num_nodes,
+        config.embed_dim,
+        config.learning_rate,
+        device,
+        seed=seed,
+        dtype=getattr(torch, config.table_dtype),
+        rank=training.rank(),
+        world_size=training.world_size(),
+    )
     total_steps = config.epochs * steps_per_epoch(graph.num_edges, config.batch_size)
     step = 0
     with training.latest_checkpoint(arguments) as folder:
         if folder is not None:
-            state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
-            table.load_state_dict(state["table"])
-            step = state["step"]
+            parts = [torch.load(path, mmap=True, weights_only=True) for path in sorted(folder.glob("state-*.pt"))]
+            table.load_state_dicts([part["table"] for part in parts])
+            step = parts[0]["step"]
 
     def write(folder: Path) -> None:
-        torch.save({"table": table.state_dict(), "step": step}, folder / "state.pt")
-        (folder / training.EXPORT).mkdir()
-        np.save(folder / training.EXPORT / "layer0.npy", table.weight.cpu().numpy())
+        rank = training.rank()
+        torch.save({"table": table.state_dict(), "step": step}, folder / f"state-{rank:05}.pt")
+        if step == total_steps:
+            (folder / training.EXPORT).mkdir()
+            np.save(folder / training.EXPORT / PART.format(rank=f"{rank:05}"), table.weight.float().cpu().numpy())
 
     log = training.StepLog(arguments["logs"], total_steps)
-    stream = stream_minibatches(
-        config,
-        arguments["graph"],
-        seed=seed,
-        rank=training.rank(),
-        world_size=training.world_size(),
-        start=step,
-        stop=total_steps,
+    stream = training.WaitClock(
+        stream_minibatches(
+            config,
+            arguments["graph"],
+            seed=seed,
+            rank=training.rank(),
+            world_size=training.world_size(),
+            start=step,
+            stop=total_steps,
+        )
     )
-    for minibatch in stream:
-        nodes = torch.tensor(minibatch.nodes, dtype=torch.long, device=device)
-        rows = table.rows(nodes)
-        loss = minibatch_loss(encoder, rows, minibatch, config.l2)
-        (gradients,) = torch.autograd.grad(loss, [rows])
-        if training.world_size() > 1:
-            nodes, gradients = mean_over_workers(nodes, gradients)
-        table.update(nodes, gradients)
+    for loss in train_steps(stream, table, config.l2):
         step += 1
-        log.step(step, {"loss": loss.detach()})
+        log.step(step, {"loss": loss, "data_wait": stream.share})
         if step % config.checkpoint_every_steps == 0 and step < total_steps:
-            training.report_checkpoint({"step": step, "loss": loss.item()}, write)
-    training.report_checkpoint({"step": step}, write)
+            training.report_checkpoint({"step": step, "loss": loss.item()}, write, every_rank=True)
+    training.report_checkpoint({"step": step}, write, every_rank=True)
     log.close()
+
+
+def train_steps(minibatches: Iterable[Minibatch], table: EmbeddingTable, l2: float) -> Iterator[torch.Tensor]:
+    """Update the table by each minibatch; gives its loss (this worker's part, detached)."""
+    encoder, device = LightGCN(), table.weight.device
+    for minibatch in minibatches:
+        route = table.route(torch.tensor(minibatch.nodes, dtype=torch.long, device=device))
+        rows = table.rows(route)
+        loss = minibatch_loss(encoder, rows, minibatch, l2)
+        table.update(route, *torch.autograd.grad(loss, [rows]))
+        yield loss.detach()
 
 
 def minibatch_loss(encoder: LightGCN, rows: torch.Tensor, minibatch: Minibatch, l2: float) -> torch.Tensor:
     """BPR plus L2 of one minibatch. `rows` [nodes, embed_dim] are the layer-0 embeddings of its nodes."""
-    device = rows.device
-    blocks: list[BlockTensors] = [
-        (
-            torch.from_numpy(np.stack([block.sources, block.targets]).astype(np.int64)).to(device),
-            torch.tensor(block.weights, device=device),
-            block.num_targets,
-        )
-        for block in minibatch.blocks
-    ]
-    seeds = encoder(rows, blocks, minibatch.num_seeds)
+    device, own = rows.device, rows[: minibatch.num_seeds]
+    seeds = encoder(rows, own, sparse_blocks(minibatch.nodes, minibatch.blocks, device))
     triples = [minibatch.users, minibatch.positives, minibatch.negatives]
     index = [torch.tensor(part, device=device) for part in triples]
     users, positives, negatives = (seeds[part] for part in index)
     corrections = torch.tensor(minibatch.corrections, device=device)
     ranking = bpr_loss((users * positives).sum(dim=1) + corrections, (users * negatives).sum(dim=1))
-    return ranking + l2 * l2_loss(*(rows[part] for part in index))
+    return ranking + l2 * l2_loss(*(own[part] for part in index))
+
+
+def sparse_blocks(
+    nodes: np.ndarray, blocks: tuple[Block, ...], device: torch.device | str = "cpu"
+) -> list[torch.Tensor]:
+    """The blocks as sparse CSR matrices [targets, nodes], in order of application."""
+    sizes = [len(nodes), *(block.num_targets for block in blocks)]
+    with warnings.catch_warnings():  # torch calls CSR beta, once per process
+        warnings.filterwarnings("ignore", "Sparse", UserWarning)
+        return [
+            torch.sparse_csr_tensor(
+                torch.tensor(block.starts),
+                torch.tensor(block.sources),
+                torch.tensor(block.weights),
+                size=(block.num_targets, size),
+                check_invariants=False,
+            ).to(device)
+            for size, block in zip(sizes, blocks, strict=False)
+        ]

@@ -92,6 +92,7 @@ def prepare_interactions(config: InteractionsConfig, run: Run, config_hash: str)
         duplicates=config.duplicates,
         min_user_interactions=config.min_user_interactions,
         min_item_interactions=config.min_item_interactions,
+        timed=columns["order"] != "position",
     )
     repeated = good.filter(pa.array(made.duplicates)).drop_columns("reason")
     repeated = repeated.append_column("reason", pa.repeat(pa.scalar(DUPLICATE), len(repeated)))

@@ -32,24 +32,27 @@ def build_sequences(
     duplicates: Literal["keep", "first", "last"] = "keep",
     min_user_interactions: int = 1,
     min_item_interactions: int = 1,
+    timed: bool = False,
 ) -> Sequences:
     """Sort good rows (user_id, item_id, order; in file order) by user and time, and index users and items.
 
     Users keep the order in which they are first seen, items that of `items` (item_id, title, category). Rows
     of the same time keep their order in the files. With `min_item_interactions` above 1 an item that falls
-    short leaves the catalogue too. The log may be empty.
+    short leaves the catalogue too. The log keeps the times if the orders are such (`timed`); it may be empty.
     """
     encoded = pc.dictionary_encode(rows["user_id"].combine_chunks() if len(rows) else pa.array([], pa.string()))
     users = encoded.indices.to_numpy().astype(np.int64)
     indices = pc.index_in(rows["item_id"], value_set=items["item_id"].combine_chunks())
     item_index = indices.to_numpy().astype(np.int64)
-    by_time = np.lexsort((rows["order"].to_numpy(), users))  # stable: equal times stay in file order
-    users, item_index = users[by_time], item_index[by_time]
+    times = rows["order"].to_numpy()
+    by_time = np.lexsort((times, users))  # stable: equal times stay in file order
+    users, item_index, times = users[by_time], item_index[by_time], times[by_time]
 
     dropped = np.zeros(len(rows), dtype=bool)
     if duplicates != "keep":
         dropped[by_time] = repeated_pairs(users, item_index, duplicates)
-        users, item_index = users[~dropped[by_time]], item_index[~dropped[by_time]]
+        kept = ~dropped[by_time]
+        users, item_index, times = users[kept], item_index[kept], times[kept]
     core = k_core(users, item_index, min_user_interactions, min_item_interactions)
     num_users = len(np.unique(users))
     kept_items = np.arange(len(items))
@@ -63,6 +66,7 @@ def build_sequences(
         items=np.searchsorted(kept_items, item_index[core]).astype(np.int32),
         user_ids=encoded.dictionary.take(pa.array(kept_users)).to_pylist(),
         catalogue=Catalogue(*(catalogue[name].to_pylist() for name in ("item_id", "title", "category"))),
+        times=times[core].astype(np.int64) if timed else None,
     )
     return Sequences(
         log,

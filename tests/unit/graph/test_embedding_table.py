@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from ctd_scale.graph.table import EmbeddingTable
+from ctd_scale.graph import kernels
+from ctd_scale.graph import table as table_module
+from ctd_scale.graph.table import EmbeddingTable, stochastically_rounded
 
 NODES, DIM, RATE = 7, 3, 0.05
 CPU = torch.device("cpu")
 
 
 def table_and_copy() -> tuple[EmbeddingTable, torch.nn.Embedding]:
-    torch.manual_seed(0)
-    table = EmbeddingTable(NODES, DIM, RATE, CPU)
+    table = EmbeddingTable(NODES, DIM, RATE, CPU, seed=0)
     return table, torch.nn.Embedding.from_pretrained(table.weight.clone(), freeze=False, sparse=True)
 
 
@@ -26,8 +28,9 @@ def test_all_rows_is_adam() -> None:
     adam = torch.optim.Adam([dense], lr=RATE)
     everyone = torch.randperm(NODES)
     for step in range(20):
-        rows = table.rows(everyone)
-        table.update(everyone, *torch.autograd.grad(loss_of(rows, step), [rows]))
+        route = table.route(everyone)
+        rows = table.rows(route)
+        table.update(route, *torch.autograd.grad(loss_of(rows, step), [rows]))
         adam.zero_grad()
         loss_of(dense, step).backward()
         adam.step()
@@ -40,8 +43,9 @@ def test_some_rows_is_sparse_adam_and_the_others_stay() -> None:
     for step in range(20):
         some = torch.randperm(NODES)[:3]
         before = table.weight.clone()
-        rows = table.rows(some)
-        table.update(some, *torch.autograd.grad(loss_of(rows, step), [rows]))
+        route = table.route(some)
+        rows = table.rows(route)
+        table.update(route, *torch.autograd.grad(loss_of(rows, step), [rows]))
         adam.zero_grad()
         loss_of(copy(some), step).backward()
         adam.step()
@@ -56,13 +60,62 @@ def test_a_state_goes_on_as_if_nothing_had_happened() -> None:
     nodes = torch.tensor([5, 1])
 
     def step(of: EmbeddingTable) -> None:
-        rows = of.rows(nodes)
-        of.update(nodes, *torch.autograd.grad(loss_of(rows, 1), [rows]))
+        route = of.route(nodes)
+        rows = of.rows(route)
+        of.update(route, *torch.autograd.grad(loss_of(rows, 1), [rows]))
 
     step(table)
-    other = EmbeddingTable(NODES, DIM, RATE, CPU)
-    other.load_state_dict(table.state_dict())
+    other = EmbeddingTable(NODES, DIM, RATE, CPU, seed=0)
+    other.load_state_dicts([table.state_dict()])
     for _ in range(3):
         step(table)
         step(other)
     assert torch.equal(table.weight, other.weight)
+
+
+def test_bfloat16_keeps_the_mean_of_what_it_rounds() -> None:
+    values = torch.tensor([1.0 + 2**-10, -3.0 - 2**-9, 0.3]).repeat(50_000, 1)
+    rounded = stochastically_rounded(values, torch.Generator().manual_seed(0)).float()
+    assert set(rounded[:, 0].tolist()) == {1.0, 1.0 + 2**-7}
+    error = rounded.std(dim=0) / len(rounded) ** 0.5
+    assert ((rounded.mean(dim=0) - values[0]).abs() <= 4 * error).all()
+    exact = torch.tensor([[0.5, -2.0, 0.0]])
+    assert torch.equal(stochastically_rounded(exact, torch.Generator()).float(), exact)
+
+
+def test_bfloat16_follows_small_updates_that_rounding_would_lose() -> None:
+    table = EmbeddingTable(200, 50, 1e-4, CPU, seed=0, dtype=torch.bfloat16)
+    table.weight.fill_(1.0)
+    route = table.route(torch.arange(200))
+    for _ in range(20):
+        table.update(route, torch.ones(200, 50))  # Adam's step is the learning rate, an eightieth of a half unit here
+    assert table.weight.float().mean().item() == pytest.approx(1 - 20e-4, abs=2e-4)
+
+
+def test_parts_of_another_number_of_workers_are_taken_over() -> None:
+    whole = EmbeddingTable(NODES, DIM, RATE, CPU, seed=0)
+    halves = [EmbeddingTable(NODES, DIM, RATE, CPU, seed=0, rank=rank, world_size=2) for rank in range(2)]
+    for rank, half in enumerate(halves):
+        assert torch.equal(half.weight, whole.weight[rank::2])
+    thirds = [EmbeddingTable(NODES, DIM, RATE, CPU, seed=1, rank=rank, world_size=3) for rank in range(3)]
+    for rank, third in enumerate(thirds):
+        assert not torch.equal(third.weight, whole.weight[rank::3])
+        third.load_state_dicts([half.state_dict() for half in halves])
+        assert torch.equal(third.weight, whole.weight[rank::3])
+
+
+def test_the_compiled_step_is_torchs_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on the CPU against what runs elsewhere."""
+    tables = [EmbeddingTable(NODES, DIM, RATE, CPU, seed=0) for _ in range(2)]
+    kernel = kernels.adam_rows
+    torch.manual_seed(1)
+    for _ in range(10):
+        some, gradients = torch.randperm(NODES)[:4], torch.randn(4, DIM)
+        tables[0].update(tables[0].route(some), gradients)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "adam_rows", None)
+            patch.setattr(table_module, "COMPILED_ON", ())
+            tables[1].update(tables[1].route(some), gradients)
+    assert kernels.adam_rows is kernel
+    for name in ("weight", "first", "second"):
+        torch.testing.assert_close(tables[0].state_dict()[name], tables[1].state_dict()[name], rtol=1e-5, atol=1e-7)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.config import GraphConfig
+from ctd_scale.graph.build import build_graph
 from ctd_scale.graph.csr import BipartiteGraph
-from ctd_scale.graph.encoder import LightGCN
+from ctd_scale.graph.encoder import LightGCN, WeightedSum
 from ctd_scale.graph.export import propagate, split_nodes
 from ctd_scale.graph.losses import bpr_loss, l2_loss
-from ctd_scale.graph.sampler import NeighborSampler
+from ctd_scale.graph.negatives import NegativeSampler
+from ctd_scale.graph.sampler import NeighborSampler, make_minibatch
+from ctd_scale.graph.train import sparse_blocks
 
 USERS, ITEMS, DIM = 9, 11, 4
 
@@ -41,21 +48,59 @@ def test_full_fanout_is_whole_graph_propagation(graph: BipartiteGraph, num_layer
     layer0 = np.random.default_rng(0).standard_normal((graph.num_nodes, DIM)).astype(np.float32)
     seeds = np.random.default_rng(1).permutation(graph.num_nodes)[:7]
     sampler = NeighborSampler(graph, (int(graph.degrees.max()),) * num_layers)
-    nodes, blocks = sampler.sample(seeds, np.random.default_rng(2))
-    tensors = [
-        (torch.from_numpy(np.stack([block.sources, block.targets])), torch.from_numpy(block.weights), block.num_targets)
-        for block in blocks
-    ]
-    encoded = LightGCN()(torch.from_numpy(layer0[nodes]), tensors, len(seeds))
+    nodes, blocks = sampler.sample(seeds, (2,))
+    encoded = LightGCN()(*(torch.from_numpy(layer0[part]) for part in (nodes, seeds)), sparse_blocks(nodes, blocks))
     assert np.allclose(encoded.numpy(), dense_encoding(graph, layer0, num_layers)[seeds], atol=1e-5)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_with_times_an_edge_is_encoded_by_the_graph_before_it(num_layers: int) -> None:
+    random = np.random.default_rng(0)
+    pairs = np.argwhere(random.random((USERS, ITEMS)) < 0.5)
+    times = random.integers(0, 12, len(pairs))
+    graph = BipartiteGraph.from_edges(pairs[:, 0], pairs[:, 1], USERS, ITEMS, times)
+    sampler = NeighborSampler(graph, (int(graph.degrees.max()),) * num_layers)
+    batch = make_minibatch(
+        sampler, NegativeSampler(graph, GraphConfig()), seed=0, step=0, batch_size=30, rank=0, world_size=1
+    )
+    layer0 = random.standard_normal((graph.num_nodes, DIM)).astype(np.float32)
+    rows = torch.from_numpy(layer0[batch.nodes])
+    encoded = LightGCN()(rows, rows[: batch.num_seeds], sparse_blocks(batch.nodes, batch.blocks)).numpy()
+    time_of = {(user, item + USERS): time for (user, item), time in zip(pairs.tolist(), times.tolist(), strict=True)}
+    bounds = set()
+    for triple in zip(batch.users, batch.positives, batch.negatives, strict=True):
+        user, positive, _ = nodes = batch.nodes[list(triple)]
+        bound = time_of[int(user), int(positive)]
+        old = times < bound
+        before = BipartiteGraph.from_edges(pairs[old, 0], pairs[old, 1], USERS, ITEMS)
+        expected = dense_encoding(before, layer0, num_layers)[nodes]
+        np.testing.assert_allclose(encoded[list(triple)], expected, atol=1e-5)
+        bounds.add(bound)
+    assert len(bounds) > 5
+
+
+def test_published_embeddings_of_a_cut_graph_estimate_the_whole_one() -> None:
+    """Rows of a hub are scaled up, so where all neighbours are alike the cut changes nothing."""
+    users = np.arange(40)
+    log = InteractionLog(
+        np.arange(41), np.zeros(40, np.int32), [str(user) for user in users], Catalogue(["0"], ["0"], ["0"])
+    )
+    layer0 = np.ones((41, DIM), np.float32)
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        whole, cut = build_graph(log, Path(one)), build_graph(log, Path(other), hub_cap=7)
+        assert len(cut.neighbors) == 40 + 7
+        published = [propagate(graph, layer0, 2, 8, Path(one)) for graph in (whole, cut)]
+    np.testing.assert_allclose(published[1], published[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
-def test_exact_propagation_in_chunks_is_dense_propagation(graph: BipartiteGraph, num_layers: int, chunk: int) -> None:
+def test_exact_propagation_in_chunks_is_dense_propagation(
+    graph: BipartiteGraph, num_layers: int, chunk: int, tmp_path: Path
+) -> None:
     layer0 = np.random.default_rng(3).standard_normal((graph.num_nodes, DIM)).astype(np.float32)
     before = layer0.copy()
-    published = propagate(graph, layer0, num_layers, chunk)
+    published = propagate(graph, layer0, num_layers, chunk, tmp_path)
     assert published.dtype == np.float32
     assert np.allclose(published, dense_encoding(graph, layer0, num_layers), atol=1e-5)
     assert np.array_equal(layer0, before)
@@ -78,3 +123,17 @@ def test_l2_by_hand() -> None:
     users, items = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     # Half of the mean squared norms: (25 + 0) / 2 and (1 + 4) / 2.
     assert l2_loss(users, items).item() == pytest.approx(0.5 * (12.5 + 2.5))
+
+
+def test_the_sum_of_a_block_and_its_gradient_are_torchs() -> None:
+    random = np.random.default_rng(4)
+    dense = random.standard_normal((6, 9)) * (random.random((6, 9)) < 0.4)
+    block = torch.from_numpy(dense.astype(np.float32)).to_sparse_csr()
+    values = torch.from_numpy(random.standard_normal((9, DIM)).astype(np.float32)).requires_grad_()
+    ours = WeightedSum.apply(block, values)
+    expected = torch.from_numpy(dense).float() @ values
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.from_numpy(random.standard_normal((6, DIM)).astype(np.float32))
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, [values], upstream), torch.autograd.grad(expected, [values], upstream)
+    )

@@ -16,7 +16,7 @@ from ctd_scale.graph.export import propagate, split_nodes
 from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.sampler import NeighborSampler, make_minibatch
 from ctd_scale.graph.table import EmbeddingTable
-from ctd_scale.graph.train import minibatch_loss, train_loop
+from ctd_scale.graph.train import minibatch_loss, train_loop, train_steps
 
 USERS, ITEMS = 24, 20
 
@@ -33,23 +33,18 @@ def two_communities() -> tuple[BipartiteGraph, np.ndarray]:
     return BipartiteGraph.from_edges(users, items, USERS, ITEMS), own
 
 
-def test_withheld_edges_of_the_right_community_rank_first() -> None:
+def test_withheld_edges_of_the_right_community_rank_first(tmp_path: Path) -> None:
     graph, own = two_communities()
-    torch.manual_seed(0)
-    encoder, table = LightGCN(), EmbeddingTable(graph.num_nodes, 8, 0.05, torch.device("cpu"))
+    table = EmbeddingTable(graph.num_nodes, 8, 0.05, torch.device("cpu"), seed=0)
     sampler = NeighborSampler(graph, (4, 3))
-    losses = []
-    for step in range(100):
-        batch = make_minibatch(
-            sampler, NegativeSampler(graph, GraphConfig()), seed=0, step=step, batch_size=48, rank=0, world_size=1
-        )
-        nodes = torch.from_numpy(batch.nodes)
-        rows = table.rows(nodes)
-        loss = minibatch_loss(encoder, rows, batch, 1e-4)
-        table.update(nodes, *torch.autograd.grad(loss, [rows]))
-        losses.append(loss.item())
+    negative_sampler = NegativeSampler(graph, GraphConfig())
+    batches = (
+        make_minibatch(sampler, negative_sampler, seed=0, step=step, batch_size=48, rank=0, world_size=1)
+        for step in range(100)
+    )
+    losses = [loss.item() for loss in train_steps(batches, table, 1e-4)]
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
-    embeddings = split_nodes(graph, propagate(graph, table.weight.numpy(), 2, 1000))
+    embeddings = split_nodes(graph, propagate(graph, table.weight.numpy(), 2, 1000, tmp_path))
     scores = embeddings.users @ embeddings.items.T
     for user in range(USERS):
         known = graph.neighbors[graph.offsets[user] : graph.offsets[user + 1]] - USERS
@@ -58,7 +53,7 @@ def test_withheld_edges_of_the_right_community_rank_first() -> None:
         assert scores[user, withheld].min() > scores[user, ~own[user]].max()
 
 
-def test_the_loss_of_a_minibatch_by_hand() -> None:
+def test_the_loss_of_a_minibatch_by_hand(tmp_path: Path) -> None:
     graph, _ = two_communities()
     layer0 = np.random.default_rng(0).normal(scale=0.1, size=(graph.num_nodes, 4)).astype(np.float32)
     everything = int(graph.degrees.max())
@@ -66,7 +61,7 @@ def test_the_loss_of_a_minibatch_by_hand() -> None:
     batch = make_minibatch(
         sampler, NegativeSampler(graph, GraphConfig()), seed=0, step=0, batch_size=16, rank=0, world_size=1
     )
-    encoded = propagate(graph, layer0, 2, 1000)
+    encoded = propagate(graph, layer0, 2, 1000, tmp_path)
     terms = []
     for user, positive, negative in zip(
         *(batch.nodes[part] for part in (batch.users, batch.positives, batch.negatives)), strict=True
@@ -85,14 +80,17 @@ def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(tmp_path: Path, one_
         embed_dim=4, fanout=(3, 2), epochs=4, batch_size=32, streaming="in_process", checkpoint_every_steps=5
     )
     arguments = {"config": config.model_dump(), "seed": 3, "graph": str(tmp_path)}
-    whole = np.load(one_worker.run(train_loop, arguments) / "layer0.npy")
-    steps = one_worker.steps.copy()
-    assert steps == list(range(1, 4 * (graph.num_edges // 32) + 1))
+    whole = np.load(one_worker.run(train_loop, arguments) / "layer0-00000.npy")
+    steps, losses = one_worker.steps.copy(), [curve["loss"] for curve in one_worker.curves]
+    per_epoch = graph.num_edges // 32
+    assert steps == list(range(1, 4 * per_epoch + 1))
+    assert 10 % per_epoch, "the kill must come in the middle of an epoch"
 
     one_worker.restart(die_at=2)
     with pytest.raises(KeyboardInterrupt):
         one_worker.run(train_loop, arguments)
     assert one_worker.steps == steps[:10]
-    resumed = np.load(one_worker.run(train_loop, arguments) / "layer0.npy")
+    resumed = np.load(one_worker.run(train_loop, arguments) / "layer0-00000.npy")
     assert one_worker.steps == steps
-    assert np.allclose(resumed, whole, atol=1e-6)
+    np.testing.assert_allclose([curve["loss"] for curve in one_worker.curves], losses, atol=1e-6)
+    np.testing.assert_allclose(resumed, whole, atol=1e-6)

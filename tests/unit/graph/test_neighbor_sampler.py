@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ctd_scale.config import GraphConfig
 from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.negatives import NegativeSampler
-from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch, steps_per_epoch
+from ctd_scale.graph.sampler import Block, Minibatch, NeighborSampler, make_minibatch, steps_per_epoch
 from ctd_scale.graph.stream import DIRECT_EDGES, StalledError, chosen_streaming, stream_minibatches, watched
 
 # Four users and three items with cycles of length 4 and 6, so that paths of three hops return.
@@ -50,9 +50,14 @@ def assert_equal(left: Minibatch, right: Minibatch) -> None:
     assert len(left.blocks) == len(right.blocks)
     for one, other in zip(left.blocks, right.blocks, strict=True):
         assert one.num_targets == other.num_targets
-        for name in ("sources", "targets", "weights"):
+        for name in ("starts", "sources", "weights"):
             assert getattr(one, name).dtype == getattr(other, name).dtype
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+def targets_of(block: Block) -> np.ndarray:
+    """The position of the node that each message goes to."""
+    return np.repeat(np.arange(block.num_targets), np.diff(block.starts))
 
 
 def triples(batch: Minibatch) -> list[tuple[int, ...]]:
@@ -69,7 +74,7 @@ def test_drawn_neighbours_are_distinct_neighbours_with_unbiased_weights(seed: in
     graph = random_graph(seed % 100)
     random = np.random.default_rng(seed)
     seeds = random.permutation(graph.num_nodes)[:5]
-    nodes, blocks = NeighborSampler(graph, tuple(fanout)).sample(seeds, random)
+    nodes, blocks = NeighborSampler(graph, tuple(fanout)).sample(seeds, (seed,))
     assert nodes[: len(seeds)].tolist() == seeds.tolist()
     assert len(set(nodes.tolist())) == len(nodes)
     assert blocks[-1].num_targets == len(seeds)
@@ -77,7 +82,7 @@ def test_drawn_neighbours_are_distinct_neighbours_with_unbiased_weights(seed: in
         assert outer.sources.max(initial=0) < inner.num_targets
     for block, limit in zip(reversed(blocks), fanout, strict=True):
         drawn: dict[int, list[int]] = {node: [] for node in nodes[: block.num_targets].tolist()}
-        for source, target, weight in zip(block.sources, block.targets, block.weights, strict=True):
+        for source, target, weight in zip(block.sources, targets_of(block), block.weights, strict=True):
             node, neighbor = int(nodes[target]), int(nodes[source])
             drawn[node].append(neighbor)
             degree = graph.degrees[node]
@@ -90,7 +95,8 @@ def test_drawn_neighbours_are_distinct_neighbours_with_unbiased_weights(seed: in
 
 
 @pytest.mark.parametrize("fanout", [(1,), (2,), (2, 1), (1, 1, 1), (2, 1, 2), (2, 2, 2)])
-def test_the_sampled_sum_is_unbiased(fanout: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("replace", [False, True])
+def test_the_sampled_sum_is_unbiased(fanout: tuple[int, ...], replace: bool) -> None:
     copies, users, items = 20_000, 4, 3
     # Disjoint copies of one tiny graph: one call draws 20,000 times.
     pairs = np.array(PAIRS)
@@ -99,12 +105,11 @@ def test_the_sampled_sum_is_unbiased(fanout: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).standard_normal(users + items)
     layer0 = np.concatenate([np.tile(values[:users], copies), np.tile(values[users:], copies)])
 
-    random = np.random.default_rng(1)
     seeds = np.arange(graph.num_nodes)
-    nodes, blocks = NeighborSampler(graph, fanout).sample(seeds, random)
+    nodes, blocks = NeighborSampler(graph, fanout, replace=replace).sample(seeds, (1,))
     layer = layer0[nodes]
     for block in blocks:
-        layer = np.bincount(block.targets, block.weights * layer[block.sources], minlength=block.num_targets)
+        layer = np.bincount(targets_of(block), block.weights * layer[block.sources], minlength=block.num_targets)
     estimates = np.concatenate(
         [layer[: copies * users].reshape(copies, users), layer[copies * users :].reshape(copies, items)], axis=1
     )
@@ -118,6 +123,30 @@ def test_the_sampled_sum_is_unbiased(fanout: tuple[int, ...]) -> None:
     assert error.max() < 0.02, "too noisy to tell a bias"
     assert error.max() > 0, "nothing was sampled"
     assert (np.abs(estimates.mean(axis=0) - exact) <= 4.5 * error + 1e-6).all()
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_what_a_node_draws_does_not_depend_on_the_other_seeds(seed: int) -> None:
+    graph = random_graph(seed % 100)
+    order = np.random.default_rng(seed).permutation(graph.num_nodes)
+
+    def drawn(seeds: np.ndarray) -> dict[int, list[tuple[int, float]]]:
+        """By seed: neighbours of the first hop, with their weights."""
+        nodes, blocks = NeighborSampler(graph, (2, 2)).sample(seeds, (seed,))
+        found: dict[int, list[tuple[int, float]]] = {int(node): [] for node in seeds}
+        for source, target, weight in zip(blocks[-1].sources, targets_of(blocks[-1]), blocks[-1].weights, strict=True):
+            found[int(nodes[target])].append((int(nodes[source]), float(weight)))
+        return found
+
+    everyone, some = drawn(order), drawn(order[3:9])
+    assert some == {node: everyone[node] for node in some}
+
+
+def test_with_replacement_a_neighbour_may_come_twice() -> None:
+    graph = random_graph(9, users=1, items=20, share=1.1)
+    draws = [NeighborSampler(graph, (8,), replace=True).sample(np.array([0]), (key,))[1][0] for key in range(50)]
+    assert {len(block.sources) for block in draws} == {8}
+    assert any(len(set(block.sources.tolist())) < 8 for block in draws)
 
 
 # -- minibatches ---------------------------------------------------------------------------------------------
