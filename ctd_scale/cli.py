@@ -114,6 +114,28 @@ def train(
     run_stage(stage_named(STAGE_ALIASES.get(stage, stage)), run, settings)
 
 
+@app.command()
+def plan(
+    config: ConfigOption,
+    storage: StorageOption = "runs",
+    name: NameOption = "",
+    stage: Annotated[str, typer.Option(help="all, or graph alone")] = "all",
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    interactions: InteractionsOption = None,
+    items: ItemsOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Say what memory, disk and time each stage will need on this machine; nothing is trained or kept."""
+    from ctd_scale.plan import plan_run, print_plan
+
+    if stage not in ("all", "graph"):
+        raise ValueError(f"--stage {stage}: expected all or graph")
+    settings = configured(config, overrides, dataset, data_dir, interactions, items)
+    run = Run(storage, name or Path(config).stem)
+    print_plan(run, plan_run(run, settings, stage))
+
+
 @app.command("evaluate")
 def evaluate_command(run: RunOption, overrides: SetOption = None) -> None:
     """Rank the withheld items of a run again and print the table."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.format import open_memmap
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +20,8 @@ from ctd_scale.tokenizer.kway import KWayTokenizer, draw_mask
 from ctd_scale.tokenizer.losses import decorrelation_loss, reconstruction_loss, variance_loss
 
 SIDES = ("items", "users")
+# Rows that are encoded at a time: tokens are far larger than the embeddings that they are made of.
+CHUNK = 8192
 
 
 def train_tokenizer(run: Run, config: RunConfig, config_hash: str, token_dim: int) -> None:
@@ -39,7 +42,6 @@ def train_tokenizer(run: Run, config: RunConfig, config_hash: str, token_dim: in
     )
     embeddings = NodeArrays.load(source.path)
     models = {side: load_tokenizer(export / f"{side}.safetensors", config.tokenizer) for side in SIDES}
-    tokens = NodeArrays(*(tokenize(models[side], getattr(embeddings, side)) for side in ("users", "items")))
     facts = {
         "num_ways": config.tokenizer.num_ways,
         "token_dim": token_dim,
@@ -56,7 +58,10 @@ def train_tokenizer(run: Run, config: RunConfig, config_hash: str, token_dim: in
         for side in SIDES:
             (folder / f"{side}.safetensors").write_bytes((export / f"{side}.safetensors").read_bytes())
     with run.publish("tokens", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
-        tokens.save(folder)
+        for side in SIDES:
+            rows = getattr(embeddings, side)
+            shape = (len(rows), config.tokenizer.num_ways, token_dim)
+            tokenize(models[side], rows, open_memmap(folder / f"{side}.npy", mode="w+", dtype=np.float32, shape=shape))
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
@@ -146,14 +151,25 @@ def load_tokenizer(file: Path, config: TokenizerConfig) -> KWayTokenizer:
 
 
 @torch.no_grad()
-def tokenize(model: KWayTokenizer, embeddings: np.ndarray, chunk: int = 8192) -> np.ndarray:
-    """Tokens [rows, ways, token_dim] float32 of raw embeddings; nothing is masked here."""
-    parts = torch.tensor(np.asarray(embeddings)).split(chunk)
-    return np.concatenate([model.encode(part).numpy() for part in parts])
+def tokenize(
+    model: KWayTokenizer, embeddings: np.ndarray, out: np.ndarray | None = None, chunk: int = CHUNK
+) -> np.ndarray:
+    """Tokens [rows, ways, token_dim] float32 of raw embeddings, into `out` (a file, where there are many rows); nothing
+    is masked here."""
+    for start in range(0, len(embeddings), chunk):
+        tokens = model.encode(torch.tensor(embeddings[start : start + chunk])).numpy()
+        if out is None:
+            out = np.empty((len(embeddings), *tokens.shape[1:]), np.float32)
+        out[start : start + chunk] = tokens
+    assert out is not None, "no rows"
+    return out
 
 
 @torch.no_grad()
 def reconstruction_cosine(model: KWayTokenizer, embeddings: np.ndarray) -> float:
     """Mean cosine between the standardised embedding and its reconstruction: how much the tokens keep."""
-    inputs = torch.tensor(np.asarray(embeddings))
-    return float(F.cosine_similarity(model.decode(model.encode(inputs)), model.scale(inputs), dim=1).mean())
+    total = 0.0
+    for start in range(0, len(embeddings), CHUNK):
+        rows = torch.tensor(embeddings[start : start + CHUNK])
+        total += float(F.cosine_similarity(model.decode(model.encode(rows)), model.scale(rows), dim=1).sum())
+    return total / len(embeddings)

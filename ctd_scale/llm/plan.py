@@ -1,0 +1,116 @@
+"""What fine-tuning the LLM and exporting preferences will need: real batches through the real model, then counting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.config import RunConfig
+from ctd_scale.estimates import Estimate, anonymous_memory, seconds_per_call
+from ctd_scale.llm.backbone import hidden_size, load_text_tokenizer
+from ctd_scale.llm.collator import Collator, Row
+from ctd_scale.llm.prompts import Prompts, make_prompts
+from ctd_scale.llm.train import DTYPES, new_model, parameter_groups
+from ctd_scale.llm.windows import export_windows, training_windows
+
+# Users whose windows are counted; the rest is taken to be alike.
+SAMPLED_USERS = 50_000
+# Titles are not read: each is taken to be as long as it may be.
+TITLE = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+TITLES = 1000
+
+
+def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Estimate, Estimate]:
+    """train_llm and export_preferences. DeepSpeed's own work is left out of the step."""
+    settings = config.llm
+    before = anonymous_memory()
+    lengths = log.train_lengths()
+    sampled = lengths[:: max(1, len(lengths) // SAMPLED_USERS)]
+    scale = len(lengths) / len(sampled)
+    names = [TITLE] * TITLES
+    prompts = make_prompts(load_text_tokenizer(backbone), Catalogue(names, names, names), settings.max_title_tokens)
+    token_dim = hidden_size(backbone)
+    tokens = np.random.default_rng(0).standard_normal((TITLES, config.tokenizer.num_ways, token_dim), np.float32)
+    collator = Collator(prompts, tokens)
+    head, block = len(prompts.head), int(collator.block_sizes[0])
+
+    trained, exported = training_windows(sampled, settings, config.seed, 0), export_windows(sampled, settings)
+    read_in_training = scale * float((head + block * trained.lengths).sum())
+    prefixes = scale * float((exported.lengths - exported.firsts).sum())
+    histories = 2 * len(log.split_users())
+    typical = max(1, round(float(trained.lengths.mean())) if len(trained) else 1)
+    read_in_export = scale * float((head + block * exported.lengths).sum()) + histories * (head + block * typical)
+
+    catalogue = min(log.num_items, settings.full_softmax_limit)
+    vectors = np.random.default_rng(0).standard_normal((catalogue, settings.preference_dim)).astype(np.float32)
+    model = new_model(settings, backbone, vectors, config.seed).to(DTYPES[settings.dtype])
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings))
+    rows = _rows(collator, typical, max(1, settings.batch_tokens // (head + block * typical)), settings.text_every)
+    batch = collator(rows)
+    negatives = None
+    if log.num_items > settings.full_softmax_limit:
+        negatives = torch.randint(catalogue, (settings.sampled_negatives,))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(model(batch, negatives)).sum().backward()
+        optimizer.step()
+
+    stepping = seconds_per_call(step, budget=10.0)
+    steps = settings.epochs * read_in_training / batch.input_ids.numel()
+    memory = anonymous_memory() - before
+    with torch.inference_mode():
+        reading = seconds_per_call(lambda: model.preferences(batch)) / batch.input_ids.numel()
+        speaking = _seconds_per_text(model.lm, prompts, head + block * typical, token_dim, config)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    spoken = histories * speaking if settings.generate_texts else 0.0
+    workers = config.resources.llm.num_workers
+    return (
+        Estimate(
+            "train_llm",
+            steps * stepping,
+            memory + 8.0 * trainable,  # fp32 master weights beside what was measured
+            4.0 * weights + 2 * 16.0 * trainable,
+            f"{steps:,.0f} steps of {stepping:.2f} s, {read_in_training:,.0f} tokens an epoch",
+        ),
+        Estimate(
+            "export_preferences",
+            (read_in_export * reading + spoken) / workers,
+            2.0 * weights + 3 * 4.0 * (prefixes + histories) * settings.preference_dim,
+            4.0 * (prefixes + histories) * settings.preference_dim,
+            f"{prefixes:,.0f} prefixes, {read_in_export * reading:.0f} s to read, {spoken:.0f} s to write texts",
+        ),
+    )
+
+
+def _rows(collator: Collator, length: int, count: int, text_every: int) -> list[Row]:
+    random = np.random.default_rng(0)
+    return [
+        Row(
+            random.integers(0, TITLES, length),
+            random.integers(0, TITLES, length),
+            answer_item=0 if number % text_every == 0 else -1,
+        )
+        for number in range(count)
+    ]
+
+
+def _seconds_per_text(lm: Any, prompts: Prompts, length: int, token_dim: int, config: RunConfig) -> float:
+    """One prompt pass and `max_new_tokens` steps of one word, shared by a batch."""
+    batch = config.llm.inference_batch
+    dtype = next(lm.parameters()).dtype
+    prompt = torch.zeros(batch, length + len(prompts.tail), token_dim, dtype=dtype)
+    began = seconds_per_call(lambda: lm.base_model(inputs_embeds=prompt, use_cache=True), warm_up=0, at_most=1)
+    cache = lm.base_model(inputs_embeds=prompt, use_cache=True).past_key_values
+    word = torch.zeros(batch, 1, dtype=torch.long)
+
+    def say() -> None:
+        states = lm.base_model(input_ids=word, past_key_values=cache, use_cache=True).last_hidden_state
+        lm.get_output_embeddings()(states[:, -1].contiguous())
+
+    return (began + config.llm.max_new_tokens * seconds_per_call(say, at_most=4)) / batch
