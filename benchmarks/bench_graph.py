@@ -281,9 +281,11 @@ def main() -> None:
     options: argparse.Namespace = parser.parse_args()
     names = list(SIZES)[: 2 if options.size == "small" else 4]
     cases: list[Case] = []
+    from benchmarks import bench_graph as importable  # Ray's workers cannot find what is defined in __main__
+
     for name in names:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(cases_of, name, options.pyg).result()
+            measured = pool.submit(importable.cases_of, name, options.pyg).result()
         report.show(measured)
         cases += measured
     report.write(cases, options.json)
