@@ -23,6 +23,7 @@ from ctd_scale.interactions.plan import plan_interactions
 from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.llm.backbone import backbone_folder, hidden_size
 from ctd_scale.llm.plan import plan_llm
+from ctd_scale.retrieval.plan import plan_index
 from ctd_scale.tokenizer.plan import plan_tokenizer
 from ctd_scale.training import console
 
@@ -63,6 +64,7 @@ def plan_run(run: Run, config: RunConfig, stages: str = "all") -> list[Estimate]
         llm,
         preferences,
         plan_diffusion(prefixes, log.num_items, dim, config.diffusion),
+        plan_index(log.num_items, dim, config.retrieval, config.seed),
         *_plan_ranking(log, config, dim),
     ]
 

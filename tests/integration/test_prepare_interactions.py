@@ -20,6 +20,7 @@ from ctd_scale.batches import InteractionLog, read_table
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.prepare import PrepareReport, input_digests, prepare_interactions
 from ctd_scale.interactions.schema import BadInputError
+from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.training import start_ray
 
 pytestmark = pytest.mark.slow
@@ -91,6 +92,28 @@ def test_every_format_publishes_the_same_log(tmp_path: Path) -> None:
     assert digests[0] == digests[1] == digests[2]
     log = logs[0]
     assert (log.num_users, log.num_items, len(log.items)) == (100, 20, 995)
+
+
+@pytest.mark.parametrize("core", [{}, {"min_user_interactions": 9, "min_item_interactions": 52}])
+def test_a_sketch_has_the_pairs_of_the_prepared_log(tmp_path: Path, run: Run, core: dict[str, int]) -> None:
+    values = write_raw(tmp_path, spoiled_log(60)) | core | {"max_bad_fraction": 0.5}
+    prepare(run, values)
+    prepared = InteractionLog.load(run.fetch("interactions").path)
+    sketch = sketch_log(InteractionsConfig.model_validate(values))
+    assert (sketch.num_users, sketch.num_items) == (prepared.num_users, prepared.num_items)
+    assert sorted(np.diff(sketch.offsets)) == sorted(np.diff(prepared.offsets))
+    assert np.array_equal(np.bincount(sketch.items), np.bincount(prepared.items))
+
+
+def test_times_are_kept_and_positions_are_not_times(tmp_path: Path) -> None:
+    raw = good_log()
+    timed, ordered = Run(str(tmp_path), "timed"), Run(str(tmp_path), "ordered")
+    prepare(timed, write_raw(tmp_path / "a", raw))
+    prepare(ordered, write_raw(tmp_path / "b", raw.rename_columns(["user_id", "item_id", "position"])))
+    log = InteractionLog.load(timed.fetch("interactions").path)
+    assert log.times is not None
+    assert log.times.reshape(100, 10).tolist() == [[(1_000_000 + step) * 10**6 for step in range(10)]] * 100
+    assert InteractionLog.load(ordered.fetch("interactions").path).times is None
 
 
 def test_the_log_is_what_plain_python_makes_of_the_rows(tmp_path: Path, run: Run) -> None:
