@@ -28,7 +28,7 @@ from ctd_scale import __version__
 from ctd_scale.config import RunConfig, load_config
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Which command makes which artifact: every refusal names it.
 MAKERS = {

@@ -126,12 +126,12 @@ def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:
 
 
 def is_current(stage: Stage, run: Run, key: str) -> bool:
-    """Whether everything that the stage makes is published, made from this key, and undamaged."""
+    """Whether everything that the stage makes is published, by this version, made from this key, and undamaged."""
     for name in stage.outputs:
-        manifest = run.manifest(name)
-        if manifest is None or manifest["config_hash"] != key:
-            return False
         try:
+            manifest = run.manifest(name)
+            if manifest is None or manifest["config_hash"] != key:
+                return False
             run.fetch(name)
         except ArtifactError as error:
             console.print(f"  {error}", style="yellow", highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy import ndarray
 
 SIZES = "sizes.json"
 ARRAYS = ("degrees", "offsets", "neighbors", "positive_offsets", "positives", "times", "positive_times")
+OPTIONAL = ("times", "positive_times")
 NO_TIMES: Int64[ndarray, "0"] = np.empty(0, np.int64)
 
 
@@ -32,8 +33,8 @@ class BipartiteGraph:
     positive_offsets: Int64[ndarray, "user_rows"]
     positives: Int32[ndarray, "edges"]
     # Microseconds since 1970, or of length 0 where the graph keeps no times.
-    times: Int64[ndarray, "timed_messages"]
-    positive_times: Int64[ndarray, "timed_edges"]
+    times: Int64[ndarray, "timed_messages"] = field(default_factory=lambda: NO_TIMES)
+    positive_times: Int64[ndarray, "timed_edges"] = field(default_factory=lambda: NO_TIMES)
 
     @classmethod
     def from_edges(
@@ -98,17 +99,18 @@ class BipartiteGraph:
 
     def save(self, folder: Path) -> None:
         for name in ARRAYS:
-            if len(getattr(self, name)):
+            if name not in OPTIONAL or len(getattr(self, name)):
                 np.save(folder / f"{name}.npy", getattr(self, name))
         save_sizes(folder, self.num_users, self.num_items)
 
     @classmethod
     def load(cls, folder: Path) -> BipartiteGraph:
         sizes = json.loads((folder / SIZES).read_text())
-        # An empty file cannot be mapped. Plain views of the maps: compiled code knows no subclass.
+        # Plain views of the maps: compiled code knows no subclass.
         arrays = {
-            name: np.asarray(np.load(path, mmap_mode="r")) if (path := folder / f"{name}.npy").exists() else NO_TIMES
+            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
             for name in ARRAYS
+            if name not in OPTIONAL or (folder / f"{name}.npy").exists()
         }
         return cls(sizes["users"], sizes["items"], **arrays)
 

@@ -16,7 +16,8 @@ from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.encoder import LightGCN
 from ctd_scale.graph.negatives import NegativeSampler
 from ctd_scale.graph.sampler import NeighborSampler, make_minibatch
-from ctd_scale.graph.train import minibatch_loss
+from ctd_scale.graph.table import EmbeddingTable
+from ctd_scale.graph.train import minibatch_loss, train_steps
 from ctd_scale.llm.inference import PreferenceModel
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +51,20 @@ def test_the_encoder_and_its_gradients() -> None:
         gradients.append(torch.autograd.grad(loss, [rows])[0].cpu())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert torch.allclose(gradients[1], gradients[0], atol=1e-5)
+
+
+def test_training_steps_on_the_graph() -> None:
+    random = np.random.default_rng(0)
+    graph = BipartiteGraph.from_edges(random.integers(0, 50, 400), random.integers(0, 40, 400), 50, 40)
+    sampler, negative_sampler = NeighborSampler(graph, (4, 3)), NegativeSampler(graph, GraphConfig())
+    batches = [
+        make_minibatch(sampler, negative_sampler, seed=0, step=step, batch_size=64, rank=0, world_size=1)
+        for step in range(5)
+    ]
+    tables = [EmbeddingTable(graph.num_nodes, 16, 0.01, torch.device(device), seed=0) for device in (CPU, CUDA)]
+    losses = [[float(loss) for loss in train_steps(batches, table, 1e-4)] for table in tables]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert torch.allclose(tables[1].weight.cpu(), tables[0].weight, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])

@@ -1,0 +1,45 @@
+"""When a stage may be skipped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ctd_scale.artifacts import SCHEMA_VERSION, Run
+from ctd_scale.pipeline import is_current, stage_named
+
+KEY = "key"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run whose graph stage has finished."""
+    run = Run(str(tmp_path), "run")
+    for name in stage_named("train_graph").outputs:
+        with run.publish(name, config_hash=KEY, inputs={}) as folder:
+            (folder / "file.txt").write_text("content")
+    return run
+
+
+def test_a_finished_stage_is_current_for_its_key_alone(run: Run) -> None:
+    stage = stage_named("train_graph")
+    assert is_current(stage, run, KEY)
+    assert not is_current(stage, run, "another")
+    assert not is_current(stage_named("train_llm"), run, KEY)
+
+
+@pytest.mark.parametrize("damage", ["a file", "no manifest", "half a manifest", "another version's manifest"])
+def test_what_cannot_be_read_is_made_again(run: Run, damage: str) -> None:
+    folder = run.root / "embeddings"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if damage == "a file":
+        (folder / "file.txt").write_text("other")
+    elif damage == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif damage == "half a manifest":
+        (folder / "manifest.json").write_text("{")
+    else:
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "schema_version": SCHEMA_VERSION - 1}))
+    assert not is_current(stage_named("train_graph"), run, KEY)
