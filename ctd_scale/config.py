@@ -142,9 +142,11 @@ class LLMConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpoint_every_steps: Positive = 100
     generate_texts: bool = True
-    text_choices: Literal["catalogue", "free"] = Field(
-        "catalogue", description="a text may only name items that exist, or is whatever the LM says"
+    text_choices: Literal["preferred", "catalogue", "free"] = Field(
+        "preferred",
+        description="a text names one of the items that the preference ranks first, any item that exists, or anything",
     )
+    text_shortlist: Positive = Field(50, description="how many items, where text_choices = preferred")
     max_new_tokens: Positive = 32
     inference_batch: Positive = 64
 

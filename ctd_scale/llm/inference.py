@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float32, Int32
 from numpy import ndarray
 
 from ctd_scale.batches import Catalogue, NodeArrays
 from ctd_scale.config import LLMConfig
 from ctd_scale.llm.backbone import load_text_tokenizer
-from ctd_scale.llm.choices import AnswerChoices, Begun
+from ctd_scale.llm.choices import Among, AnswerChoices, Begun
 from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.train import DTYPES
@@ -72,7 +73,7 @@ class PreferenceModel:
         outcome = [""] * len(rows)
         for index in self._buckets(rows):
             embedded, mask = self._left_padded([rows[i] for i in index])
-            generated = self._decode(embedded, mask)
+            generated = self._decode(embedded, mask, [rows[i].items for i in index])
             for i, text in zip(
                 index, self.text_tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True
             ):
@@ -83,7 +84,11 @@ class PreferenceModel:
     def _choices(self) -> AnswerChoices:
         return AnswerChoices(self.collator.prompts)
 
-    def _decode(self, embedded: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    @cached_property
+    def _directions(self) -> torch.Tensor:
+        return F.normalize(self.model.head.vectors.detach().float(), dim=1)
+
+    def _decode(self, embedded: torch.Tensor, mask: torch.Tensor, seen: Sequence[ndarray]) -> list[list[int]]:
         """Greedy decoding with a key-value cache, until every row has ended.
 
         Not `generate`: its prompt pass hands the vocabulary layer a strided view, for which torch copies that layer
@@ -93,13 +98,15 @@ class PreferenceModel:
         cache, inputs = None, {"inputs_embeds": embedded}
         places = (mask.cumsum(dim=1) - 1).clamp_min(0)
         words: list[torch.Tensor] = []
-        choose = self._known_choice() if self.config.text_choices == "catalogue" else _any_choice
+        choose: Callable[[torch.Tensor], torch.Tensor] | None = None
         ended = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
         for _ in range(self.config.max_new_tokens):
             said = lm.base_model(
                 **inputs, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
             )
             cache = said.past_key_values
+            if choose is None:
+                choose = self._choice(said.last_hidden_state, seen)
             word = choose(lm.get_output_embeddings()(said.last_hidden_state[:, -1].contiguous()))
             words.append(word.masked_fill(ended, eos_id))
             ended |= word == eos_id
@@ -111,15 +118,25 @@ class PreferenceModel:
         rows = torch.stack(words, dim=1).tolist()
         return [[token for token in row if token != eos_id] for row in rows]
 
-    def _known_choice(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A choice among the words with which some item's answer goes on; called once a word."""
+    def _choice(self, states: torch.Tensor, seen: Sequence[ndarray]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """How words are chosen; `states` are those of the prompt, which also hold the preference."""
+        if self.config.text_choices == "free":
+            return _any_choice
+        if self.config.text_choices == "catalogue":
+            return self._known_choice(dict.fromkeys(range(len(states)), self._choices.start()))
+        preferences = self.model.head.project(states[:, -len(self.collator.prompts.tail) - 1]).float()
+        scores = F.normalize(preferences, dim=1) @ self._directions.T
+        for row, items in enumerate(seen):
+            scores[row, torch.from_numpy(np.unique(items)).long()] = -torch.inf
+        best = scores.topk(min(self.config.text_shortlist, scores.shape[1]), dim=1).indices.cpu().numpy()
+        return self._known_choice({row: self._choices.among(items) for row, items in enumerate(best)})
+
+    def _known_choice(self, begun: dict[int, Begun | Among]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A choice among the words with which some allowed answer goes on; called once a word."""
         choices, eos_id = self._choices, self.collator.prompts.eos_id
-        begun: dict[int, Begun] = {}
 
         def choose(logits: torch.Tensor) -> torch.Tensor:
             word = torch.full((len(logits),), eos_id, dtype=torch.long, device=logits.device)
-            if not begun:
-                begun.update(dict.fromkeys(range(len(logits)), choices.start()))
             for row, here in list(begun.items()):
                 allowed = torch.from_numpy(choices.words(here)).to(logits.device).long()
                 best = int(logits[row, allowed].argmax())

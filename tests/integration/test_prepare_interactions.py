@@ -94,7 +94,7 @@ def test_every_format_publishes_the_same_log(tmp_path: Path) -> None:
     assert (log.num_users, log.num_items, len(log.items)) == (100, 20, 995)
 
 
-@pytest.mark.parametrize("core", [{}, {"min_user_interactions": 9, "min_item_interactions": 52}])
+@pytest.mark.parametrize("core", [{}, {"min_user_interactions": 7, "min_item_interactions": 35}])
 def test_a_sketch_has_the_pairs_of_the_prepared_log(tmp_path: Path, run: Run, core: dict[str, int]) -> None:
     values = write_raw(tmp_path, spoiled_log(60)) | core | {"max_bad_fraction": 0.5}
     prepare(run, values)

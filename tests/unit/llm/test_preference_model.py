@@ -103,19 +103,24 @@ def test_an_empty_history_is_refused(served: PreferenceModel) -> None:
 # -- texts ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text_choices", ["catalogue", "free"])
+@pytest.mark.parametrize("text_choices", ["preferred", "catalogue", "free"])
 def test_a_text_is_decoded_greedily_alone_and_in_a_batch(
     tiny_chain: Any, text_tokenizer: Any, text_choices: str
 ) -> None:
-    longest = 60 if text_choices == "catalogue" else 6
-    changes = {"text_choices": text_choices, "max_new_tokens": longest}
+    longest = 6 if text_choices == "free" else 60
+    changes = {"text_choices": text_choices, "max_new_tokens": longest, "text_shortlist": 4}
     served = replace(tiny_chain, config=tiny_chain.config.model_copy(update=changes)).preference()
     histories = [HISTORY[:1], HISTORY, HISTORY[1:3]]
     texts = served.texts(histories)
     assert texts == [served.texts([history])[0] for history in histories]
     lm, prompts = served.model.lm, served.collator.prompts
-    answers = [prompts.answer(item).tolist() for item in range(20)]
+    every_answer = [prompts.answer(item).tolist() for item in range(20)]
+    directions = torch.nn.functional.normalize(served.model.head.vectors.detach(), dim=1).numpy()
     for history, text in zip(histories, texts, strict=True):
+        answers = every_answer
+        if text_choices == "preferred":
+            ranked = np.argsort(-(directions @ served([history])[0]))
+            answers = [every_answer[item] for item in ranked[~np.isin(ranked, history)][:4]]
         with torch.no_grad():  # one token at a time, no cache, no padding
             embedded = served.model.embed(served.collator([prefix_row(history)]))
             tail = lm.get_input_embeddings()(torch.tensor(prompts.tail, dtype=torch.long))[None]
@@ -123,13 +128,13 @@ def test_a_text_is_decoded_greedily_alone_and_in_a_batch(
             ids: list[int] = []
             while len(ids) < longest and prompts.eos_id not in ids:
                 logits = lm(inputs_embeds=embedded).logits[0, -1]
-                if text_choices == "catalogue":
+                if text_choices != "free":
                     allowed = {answer[len(ids)] for answer in answers if answer[: len(ids)] == ids}
                     logits[[word for word in range(len(logits)) if word not in allowed]] = -torch.inf
                 ids.append(int(logits.argmax()))
                 embedded = torch.cat([embedded, lm.get_input_embeddings()(torch.tensor([[ids[-1]]]))], dim=1)
         assert text == " ".join(text_tokenizer.decode(ids, skip_special_tokens=True).split())
-        if text_choices == "catalogue":
+        if text_choices != "free":
             assert ids in answers
     assert any(texts)
 
@@ -147,6 +152,18 @@ def test_choices_are_those_of_a_set_of_answers(answers: list[list[int]]) -> None
             assert choices.words(begun).tolist() == expected
             begun = choices.after(begun, expected.index(word))
         assert begun.high - begun.low == answers.count(answer)
+
+
+def test_choices_among_some_items_are_those_of_their_answers() -> None:
+    answers = [[1, 2, 9], [1, 9], [3, 9], [1, 2, 3, 9], [1, 9]]
+    nothing, offsets = np.zeros(0, np.int32), np.cumsum([0, *map(len, answers)], dtype=np.int64)
+    flat = np.array([word for answer in answers for word in answer], np.int32)
+    choices = AnswerChoices(Prompts(nothing, nothing, nothing, offsets, flat, offsets, pad_id=0, eos_id=9))
+    begun = choices.among(np.array([3, 1]))
+    assert choices.words(begun).tolist() == [1]
+    begun = choices.after(begun, 0)
+    assert choices.words(begun).tolist() == [2, 9]
+    assert choices.words(choices.after(begun, 0)).tolist() == [3]
 
 
 def test_a_text_without_a_known_user_reads_no_padding(tiny_chain: Any, served: PreferenceModel) -> None:
