@@ -5,8 +5,10 @@ A module of its own, so that a worker process imports Arrow and no training stac
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
+from ctd_scale.interactions.parts import add_parts
 from ctd_scale.interactions.quarantine import list_paths
 from ctd_scale.interactions.reading import Piece, pieces_of, read_piece
 from ctd_scale.interactions.schema import (
@@ -40,28 +43,49 @@ def read_catalogue(paths: Sequence[str], columns: Mapping[str, str]) -> pa.Table
     return mark_duplicate_items(pa.concat_tables(tables))
 
 
-def read_interactions(paths: Sequence[str], columns: Mapping[str, str], known_items: pa.Array) -> pa.Table:
-    """Checked interaction rows in file order: user_id, item_id, order, time, row, reason, file.
+class Checked(NamedTuple):
+    """A block of checked rows, and how many of all pieces were read when it ends."""
 
-    Needs a started Ray: one task per piece (a text file, or a row group of a Parquet file), on files that
-    every node sees under the same path. Raises BadInputError: no rows, or a file cannot be read to its end.
+    good: pa.Table
+    bad: pa.Table
+    pieces: int
+    of: int
+
+
+def read_interactions(
+    paths: Sequence[str], columns: Mapping[str, str], known_items: pa.Array, *, num_parts: int, keep_raw: bool
+) -> Iterator[Checked]:
+    """Checked interaction rows: user_id, item_id, order, time, row, reason, item, file, place, part.
+
+    Good rows have item_id and time only if `keep_raw`. Needs a started Ray: one task per piece (a text file, or a row
+    group of a Parquet file), on files that every node sees under the same path. Raises BadInputError: no rows, or a
+    file cannot be read to its end.
     """
     pieces = pieces_of(paths)
-    blocks: list[pa.Table] = []
+    starts = [(piece.file, piece.first_row) for piece in pieces]
+    some = False
     if pieces:
-        arguments = {"columns": dict(columns), "known_items": ray.put(known_items)}
+        task = {"columns": dict(columns), "known_items": ray.put(known_items)}
         dataset = ray.data.from_items([asdict(piece) for piece in pieces], override_num_blocks=len(pieces))
-        checked = dataset.map_batches(_check_batch, batch_size=1, batch_format="pyarrow", fn_kwargs=arguments)
-        blocks = [block for block in checked.iter_batches(batch_size=None, batch_format="pyarrow") if len(block)]
-    if not blocks:
+        checked = dataset.map_batches(
+            _check_batch,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs={**task, "num_parts": num_parts, "keep_raw": keep_raw},
+        )
+        for rows in checked.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if not len(rows):
+                continue
+            some = True
+            is_good = pc.is_null(rows["reason"])
+            bad = rows.filter(pc.invert(is_good))
+            unreadable = bad.filter(pc.equal(bad["row"], UNREADABLE_ROW))
+            if len(unreadable):
+                raise BadInputError(unreadable["reason"][0].as_py())
+            last = rows["file"][-1].as_py(), rows["row"][-1].as_py()
+            yield Checked(rows.filter(is_good), bad, bisect_right(starts, last), len(pieces))
+    if not some:
         raise BadInputError(f"{list_paths(paths)} holds no interactions (0 rows)")
-    # A block holds rows that follow each other, so this is file order however the blocks arrived.
-    blocks.sort(key=lambda block: (block["file"][0].as_py(), block["row"][0].as_py()))
-    rows = pa.concat_tables(blocks)
-    unreadable = rows.filter(pc.equal(rows["row"], UNREADABLE_ROW))
-    if len(unreadable):
-        raise BadInputError(unreadable["reason"][0].as_py())
-    return rows
 
 
 def check_piece(piece: Piece, columns: Mapping[str, str], known_items: pa.Array) -> Iterator[pa.Table]:
@@ -71,15 +95,28 @@ def check_piece(piece: Piece, columns: Mapping[str, str], known_items: pa.Array)
         yield _with_file(checked, piece.file)
 
 
-def _check_batch(batch: pa.Table, columns: dict[str, str], known_items: ray.ObjectRef) -> Iterator[pa.Table]:
+def _check_batch(
+    batch: pa.Table, columns: dict[str, str], known_items: ray.ObjectRef, num_parts: int, keep_raw: bool
+) -> Iterator[pa.Table]:
     known = ray.get(known_items)
     for values in batch.to_pylist():
         piece = Piece(**values)
         try:
-            yield from check_piece(piece, columns, known)
+            for rows in check_piece(piece, columns, known):
+                yield add_parts(rows if keep_raw else _without_raw(rows), num_parts)
         except BadInputError as error:  # as a row: Ray would bury it in tracebacks of its own
             failure = [{"row": UNREADABLE_ROW, "reason": str(error)}]
-            yield _with_file(pa.Table.from_pylist(failure, schema=CHECKED_INTERACTION), piece.file)
+            rows = _with_file(pa.Table.from_pylist(failure, schema=CHECKED_INTERACTION), piece.file)
+            yield add_parts(rows, num_parts)
+
+
+def _without_raw(rows: pa.Table) -> pa.Table:
+    """Good rows without what only the quarantine wants to know."""
+    is_bad = pc.is_valid(rows["reason"])
+    for name in ("item_id", "time"):
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, name, pc.if_else(is_bad, rows[name], pa.scalar(None, pa.string())))
+    return rows
 
 
 def _with_file(table: pa.Table, file: int) -> pa.Table:

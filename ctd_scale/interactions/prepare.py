@@ -1,4 +1,4 @@
-"""Raw files become the `interactions` artifact: Ray Data reads and checks, the driver sorts and indexes.
+"""Raw files become the `interactions` artifact: Ray Data reads and checks, the driver divides, sorts and indexes.
 
 Every refused row goes to a quarantine table with its file, row and reason; too many of them stop the run.
 """
@@ -6,6 +6,8 @@ Every refused row goes to a quarantine table with its file, row and reason; too 
 from __future__ import annotations
 
 import hashlib
+import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,22 +17,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctd_scale.artifacts import Run, file_digest
-from ctd_scale.batches import MIN_SPLIT_LENGTH, write_table
+from ctd_scale.batches import MIN_SPLIT_LENGTH, InteractionLog
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.checking import read_catalogue, read_interactions
+from ctd_scale.interactions.parts import PartWriter, count_parts, read_part
 from ctd_scale.interactions.quarantine import (
     QUARANTINE,
-    count_reasons,
-    keep_quarantine,
+    Quarantine,
+    Refused,
     label_paths,
     list_reasons,
-    quarantine_rows,
     refuse_too_many,
 )
 from ctd_scale.interactions.schema import DUPLICATE, BadInputError, clean_titles
 from ctd_scale.interactions.sequences import Sequences, build_sequences
-from ctd_scale.interactions.sources import find_source, resolve_columns
-from ctd_scale.training import console, start_ray
+from ctd_scale.interactions.sources import RawSource, find_source, resolve_columns
+from ctd_scale.training import console, shown_progress, start_ray, write_progress
 
 
 @dataclass(frozen=True)
@@ -74,37 +76,85 @@ def prepare_interactions(config: InteractionsConfig, run: Run, config_hash: str)
     inputs = input_digests(config)
     kept_at = run.root / QUARANTINE
     kept_at.unlink(missing_ok=True)
+    scratch = run.root / ".staging" / "interactions-parts"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        report, log = _read(
+            source, columns, config, Quarantine(kept_at, labels), scratch, run.root / "logs" / "interactions"
+        )
+        with run.publish("interactions", config_hash=config_hash, inputs=inputs, facts=asdict(report)) as folder:
+            log.save(folder)
+            shutil.copyfile(kept_at, folder / QUARANTINE)
+    finally:
+        shutil.rmtree(scratch)
+    kept_at.unlink()
+    _show(report, config)
+    return report
 
-    items = read_catalogue(source.items, {name: columns[name] for name in ("item", "title", "category")})
-    bad_items = quarantine_rows(items.filter(pc.is_valid(items["reason"])), labels[len(source.interactions) :])
-    refuse_too_many(bad_items, len(items), source.items, config.max_bad_fraction, kept_at)
-    good_items = items.filter(pc.is_null(items["reason"]))
-    catalogue, titles_cut, titles_missing = clean_titles(good_items, config.max_title_chars)
 
-    start_ray()
-    rows = read_interactions(source.interactions, columns, catalogue["item_id"].combine_chunks())
-    bad_rows = quarantine_rows(rows.filter(pc.is_valid(rows["reason"])), labels)
-    refuse_too_many(bad_rows, len(rows), source.interactions, config.max_bad_fraction, kept_at)
-    good = rows.filter(pc.is_null(rows["reason"]))
-    made = build_sequences(
-        good,
-        catalogue,
-        duplicates=config.duplicates,
-        min_user_interactions=config.min_user_interactions,
-        min_item_interactions=config.min_item_interactions,
-        timed=columns["order"] != "position",
-    )
-    repeated = good.filter(pa.array(made.duplicates)).drop_columns("reason")
-    repeated = repeated.append_column("reason", pa.repeat(pa.scalar(DUPLICATE), len(repeated)))
-    quarantine = pa.concat_tables([bad_items, bad_rows, quarantine_rows(repeated, labels)])
-    keep_quarantine(quarantine, kept_at)
-    _require_something_left(made, good, config)
+def _read(
+    source: RawSource,
+    columns: dict[str, str],
+    config: InteractionsConfig,
+    quarantine: Quarantine,
+    scratch: Path,
+    logs: Path,
+) -> tuple[PrepareReport, InteractionLog]:
+    """Everything but publishing; refused rows are in the quarantine, and the log is backed by files in `scratch`."""
+    with quarantine:
+        bad_items, bad_rows, repeated = Refused(), Refused(), Refused()
+        items = read_catalogue(source.items, {name: columns[name] for name in ("item", "title", "category")})
+        in_labels = pc.add(items["file"], pa.scalar(len(source.interactions), pa.int32()))
+        items = items.set_column(items.schema.get_field_index("file"), "file", in_labels)
+        quarantine.add(items.filter(pc.is_valid(items["reason"])), bad_items)
+        refuse_too_many(bad_items, len(items), source.items, config.max_bad_fraction, quarantine.path)
+        catalogue, titles_cut, titles_missing = clean_titles(
+            items.filter(pc.is_null(items["reason"])), config.max_title_chars
+        )
 
+        start_ray()
+        keep_raw = config.duplicates != "keep"
+        num_parts = count_parts(source.interactions)
+        rows, shown = 0, 0.0
+        blocks = read_interactions(
+            source.interactions,
+            columns,
+            catalogue["item_id"].combine_chunks(),
+            num_parts=num_parts,
+            keep_raw=keep_raw,
+        )
+        with PartWriter(scratch, num_parts) as parts, shown_progress("interactions", logs):
+            for good, bad, pieces, of in blocks:
+                rows += len(good) + len(bad)
+                parts.add(good.drop_columns(["reason"] if keep_raw else ["reason", "item_id", "time", "row", "file"]))
+                quarantine.add(bad, bad_rows)
+                if time.monotonic() - shown > 1:
+                    write_progress(logs, pieces, of, {"rows": rows, "refused": bad_rows.reasons.total()})
+                    shown = time.monotonic()
+        refuse_too_many(bad_rows, rows, source.interactions, config.max_bad_fraction, quarantine.path)
+
+        def refuse(duplicates: pa.Table) -> None:
+            reason = pa.repeat(pa.scalar(DUPLICATE), len(duplicates))
+            quarantine.add(duplicates.append_column("reason", reason), repeated)
+
+        made = build_sequences(
+            (part for path in parts.paths if (part := read_part(path)) is not None),
+            catalogue,
+            scratch,
+            duplicates=config.duplicates,
+            min_user_interactions=config.min_user_interactions,
+            min_item_interactions=config.min_item_interactions,
+            timed=columns["order"] != "position",
+            refuse=refuse,
+        )
+        _require_something_left(made, config)
+    reasons = bad_items.reasons + bad_rows.reasons + repeated.reasons
     report = PrepareReport(
         dataset=config.dataset,
-        rows=len(rows),
+        rows=rows,
         item_rows=len(items),
-        quarantined=count_reasons(quarantine),
+        quarantined=dict(reasons.most_common()),
         core_interactions=made.core_interactions,
         core_users=made.core_users,
         core_items=made.core_items,
@@ -115,20 +165,14 @@ def prepare_interactions(config: InteractionsConfig, run: Run, config_hash: str)
         interactions=len(made.log.items),
         split_users=len(made.log.split_users()),
     )
-    with run.publish("interactions", config_hash=config_hash, inputs=inputs, facts=asdict(report)) as folder:
-        made.log.save(folder)
-        write_table(quarantine, folder / QUARANTINE)
-    kept_at.unlink()
-    _show(report, config)
-    return report
+    return report, made.log
 
 
-def _require_something_left(made: Sequences, good: pa.Table, config: InteractionsConfig) -> None:
+def _require_something_left(made: Sequences, config: InteractionsConfig) -> None:
     log = made.log
     if not len(log.items):
-        users, items = (pc.count_distinct(good[name]).as_py() for name in ("user_id", "item_id"))
         raise BadInputError(
-            f"no interactions are left: {len(good):,} good rows of {users:,} users and {items:,} items have "
+            f"no interactions are left: {made.core_interactions:,} good rows of {made.core_users:,} users have "
             f"no core with interactions.min_user_interactions={config.min_user_interactions} and "
             f"interactions.min_item_interactions={config.min_item_interactions}; lower these or give more"
         )

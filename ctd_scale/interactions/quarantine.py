@@ -2,64 +2,97 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from ctd_scale.batches import write_table
 from ctd_scale.interactions.schema import BadInputError
 
 QUARANTINE = "quarantine.parquet"
 SHOWN_BAD_ROWS = 5
-
-
-def quarantine_rows(rows: pa.Table, labels: Sequence[str]) -> pa.Table:
-    """Refused rows as file, row (from 1), user_id, item_id, time (raw text), reason; null where not known."""
-    nothing = pa.nulls(len(rows), pa.string())
-    users, times = (rows[name] if name in rows.column_names else nothing for name in ("user_id", "time"))
-    columns = {
-        "file": pa.array(labels, pa.string()).take(rows["file"].combine_chunks()),
-        "row": rows["row"],
-        "user_id": users,
-        "item_id": rows["item_id"],
-        "time": times,
-        "reason": rows["reason"],
-    }
-    return pa.table(columns)
-
-
-def refuse_too_many(bad: pa.Table, total: int, paths: Sequence[str], max_bad_fraction: float, kept_at: Path) -> None:
-    """Raise BadInputError where more than this share of the rows is bad; they are then kept at `kept_at`."""
-    if len(bad) / total <= max_bad_fraction:
-        return
-    keep_quarantine(bad, kept_at)
-    lines = [
-        f"{list_paths(paths)}: {len(bad):,} of {total:,} rows ({len(bad) / total:.2%}) cannot be used, "
-        f"interactions.max_bad_fraction={max_bad_fraction} allows {int(max_bad_fraction * total + 1e-6):,}",
-        f"  {list_reasons(count_reasons(bad))}",
+SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("row", pa.int64()),
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("time", pa.string()),
+        ("reason", pa.string()),
     ]
-    for row in bad.slice(0, SHOWN_BAD_ROWS).to_pylist():
+)
+
+
+@dataclass
+class Refused:
+    """How many rows were refused, for which reasons, and the first of them."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, rows: pa.Table) -> None:
+        self.reasons.update({entry["values"]: entry["counts"] for entry in pc.value_counts(rows["reason"]).to_pylist()})
+        self.first += rows.slice(0, SHOWN_BAD_ROWS - len(self.first)).to_pylist()
+
+
+class Quarantine:
+    """A Parquet file of refused rows: file, row (from 1), user_id, item_id, time (raw text), reason; null where not
+    known. Written as the rows come, and there under its name once they are complete, also where the run is refused.
+    """
+
+    def __init__(self, path: Path, labels: Sequence[str]) -> None:
+        self.path = path
+        self._labels = pa.array(labels, pa.string())
+        self._aside = path.with_name(f".{path.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = pq.ParquetWriter(self._aside, SCHEMA, write_page_checksum=True)
+
+    def add(self, rows: pa.Table, refused: Refused) -> None:
+        """Rows of a checked table (`file` is a place among the labels) that have a reason, counted in `refused`."""
+        if not len(rows):
+            return
+        given = {name: rows[name] for name in rows.column_names}
+        given["file"] = self._labels.take(rows["file"].combine_chunks())
+        table = pa.table([given.get(name, pa.nulls(len(rows), pa.string())) for name in SCHEMA.names], schema=SCHEMA)
+        refused.add(table)
+        self._writer.write_table(table)
+
+    def __enter__(self) -> Quarantine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._writer.close()
+        if kind is None or issubclass(kind, BadInputError):
+            self._aside.replace(self.path)
+        else:
+            self._aside.unlink()
+
+
+def refuse_too_many(refused: Refused, total: int, paths: Sequence[str], max_bad_fraction: float, kept_at: Path) -> None:
+    """Raise BadInputError where more than this share of the rows is bad; `kept_at` is where they lie."""
+    bad = refused.reasons.total()
+    if bad / total <= max_bad_fraction:
+        return
+    lines = [
+        f"{list_paths(paths)}: {bad:,} of {total:,} rows ({bad / total:.2%}) cannot be used, "
+        f"interactions.max_bad_fraction={max_bad_fraction} allows {int(max_bad_fraction * total + 1e-6):,}",
+        f"  {list_reasons(dict(refused.reasons.most_common()))}",
+    ]
+    for row in refused.first:
         known = [f"{name}={row[name]!r:.60}" for name in ("user_id", "item_id", "time") if row[name] is not None]
         lines.append(f"  {row['file']}:{row['row']} {row['reason']} {' '.join(known)}".rstrip())
     lines.append(f"  all of them: {kept_at}")
     lines.append("  repair the rows, or leave them out by raising interactions.max_bad_fraction")
     raise BadInputError("\n".join(lines))
-
-
-def keep_quarantine(rows: pa.Table, path: Path) -> None:
-    """Write refused rows where they outlive a refused run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(rows, path)
-
-
-def count_reasons(rows: pa.Table) -> dict[str, int]:
-    """How many rows each reason has, most first."""
-    counts: list[dict[str, Any]] = pc.value_counts(rows["reason"]).to_pylist()
-    return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: -entry["counts"])}
 
 
 def list_reasons(counts: Mapping[str, int]) -> str:

@@ -34,6 +34,7 @@ CHECKED_INTERACTION = pa.schema(
         ("time", pa.string()),
         ("row", pa.int64()),
         ("reason", pa.string()),
+        ("item", pa.int32()),
     ]
 )
 
@@ -43,13 +44,14 @@ class BadInputError(ValueError):
 
 
 def check_interactions(raw: pa.RecordBatch, *, position: bool, known_items: pa.Array) -> pa.Table:
-    """Rows as user_id, item_id, order, time (raw text), row, reason (null = good).
+    """Rows as user_id, item_id, order, time (raw text), row, reason (null = good), item (place in `known_items`).
 
     `raw` has user, item, order, rating, row, unparsable. `order` is microseconds since 1970, or the number
     itself where `position`.
     """
     users, items, times, ratings = (as_text(raw.column(name)) for name in ("user", "item", "order", "rating"))
     order = parse_position(raw.column("order")) if position else parse_time(raw.column("order"))
+    item = pc.index_in(items, value_set=known_items, skip_nulls=True)
     rated = pc.fill_null(pc.match_substring_regex(pc.utf8_trim_whitespace(ratings), NUMBER), True)
     problems = {
         UNPARSABLE_LINE: raw.column("unparsable"),
@@ -58,9 +60,9 @@ def check_interactions(raw: pa.RecordBatch, *, position: bool, known_items: pa.A
         MISSING_TIME: pc.is_null(times),
         UNPARSABLE_TIME: pc.is_null(order),
         UNPARSABLE_RATING: pc.invert(rated),
-        UNKNOWN_ITEM: pc.invert(pc.is_in(items, value_set=known_items)),
+        UNKNOWN_ITEM: pc.is_null(item),
     }
-    columns = [users, items, order, times, raw.column("row"), _first_problem(problems)]
+    columns = [users, items, order, times, raw.column("row"), _first_problem(problems), item]
     return pa.table(columns, schema=CHECKED_INTERACTION)
 
 

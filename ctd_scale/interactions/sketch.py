@@ -38,14 +38,15 @@ def sketch_log(config: InteractionsConfig) -> InteractionLog:
     items = np.concatenate([np.asarray(part, np.int64) for part in item_parts])
     good = (users >= 0) & (items >= 0)
     users, items = users[good], items[good]
-    core = k_core(users, items, config.min_user_interactions, config.min_item_interactions)
-    num_items = len(known)
+    num_users, num_items = len(encoded.dictionary), len(known)
+    limits = config.min_user_interactions, config.min_item_interactions
+    kept_users, kept_items = k_core(lambda: [(users, items)], num_users, num_items, *limits)
+    core = kept_users[users] & kept_items[items]
+    users, items = users[core], items[core]
     if config.min_item_interactions > 1:
-        kept, items = np.unique(items[core], return_inverse=True)
+        kept, items = np.unique(items, return_inverse=True)
         num_items = len(kept)
-    else:
-        items = items[core]
-    _, users = np.unique(users[core], return_inverse=True)
+    _, users = np.unique(users, return_inverse=True)
     if not len(users):
         raise BadInputError("no interactions are left to plan with; `ctd data` says what became of the rows")
     lengths = np.bincount(users)

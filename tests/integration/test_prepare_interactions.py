@@ -94,6 +94,27 @@ def test_every_format_publishes_the_same_log(tmp_path: Path) -> None:
     assert (log.num_users, log.num_items, len(log.items)) == (100, 20, 995)
 
 
+@pytest.mark.parametrize("duplicates", ["keep", "last"])
+def test_many_parts_publish_the_same_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, duplicates: str) -> None:
+    values = write_raw(tmp_path, spoiled_log(60)) | {"max_bad_fraction": 0.5, "duplicates": duplicates}
+    values |= {"min_user_interactions": 6, "min_item_interactions": 30}
+    made = []
+    for num_parts in (1, 7):
+        monkeypatch.setattr("ctd_scale.interactions.prepare.count_parts", lambda paths, parts=num_parts: parts)
+        run = Run(str(tmp_path), f"parts-{num_parts}")
+        report = prepare(run, values)
+        artifact = run.fetch("interactions")
+        files = {name: entry["sha256"] for name, entry in artifact.manifest["files"].items()}
+        files.pop("quarantine.parquet")  # duplicates come by part
+        quarantine = read_table(artifact.path / "quarantine.parquet").sort_by(
+            [("reason", "ascending"), ("row", "ascending")]
+        )
+        assert len(quarantine) == sum(report.quarantined.values()) >= (60 if duplicates == "keep" else 200)
+        made.append((report, files, quarantine.to_pylist()))
+        assert not list((run.root / ".staging").glob("*"))
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize("core", [{}, {"min_user_interactions": 7, "min_item_interactions": 35}])
 def test_a_sketch_has_the_pairs_of_the_prepared_log(tmp_path: Path, run: Run, core: dict[str, int]) -> None:
     values = write_raw(tmp_path, spoiled_log(60)) | core | {"max_bad_fraction": 0.5}
@@ -260,7 +281,7 @@ def test_many_files_in_a_folder(tmp_path: Path, run: Run) -> None:
         (
             "",
             {"min_user_interactions": 11},
-            r"1,000 good rows of 100 users and 20 items have no core.*_user_.*=11",
+            r"1,000 good rows of 100 users have no core.*_user_.*=11",
         ),
         (
             "short",
@@ -270,7 +291,7 @@ def test_many_files_in_a_folder(tmp_path: Path, run: Run) -> None:
         (
             "all bad",
             {"max_bad_fraction": 1.0},
-            r"no interactions are left: 0 good rows of 0 users and 0 items",
+            r"no interactions are left: 0 good rows of 0 users",
         ),
         ("damaged", {}, r"/log\.csv\.gz cannot be read: .*end-of-stream marker was reached$"),
     ],

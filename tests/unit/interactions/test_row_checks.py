@@ -69,6 +69,7 @@ def test_a_bad_row_keeps_its_raw_values_and_number() -> None:
         "time": "soon",
         "row": 2,
         "reason": "unparsable time",
+        "item": 0,
     }
 
 
@@ -200,4 +201,4 @@ def test_titles_are_one_line_and_cut_at_characters() -> None:
 def test_empty_batches_pass() -> None:
     empty = check_interactions(interactions(), position=False, known_items=pa.array([], pa.string()))
     assert len(empty) == 0
-    assert empty.column_names == ["user_id", "item_id", "order", "time", "row", "reason"]
+    assert empty.column_names == ["user_id", "item_id", "order", "time", "row", "reason", "item"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctd_scale.interactions.parts import PartWriter, add_parts, read_part
 from ctd_scale.interactions.sequences import Sequences, build_sequences, k_core, repeated_pairs
 
 Row = tuple[str, str, int]
@@ -26,17 +30,37 @@ def build(
     duplicates: Literal["keep", "first", "last"] = "keep",
     min_user: int = 1,
     min_item: int = 1,
+    num_parts: int = 1,
+    refused: list[int] | None = None,
 ) -> Sequences:
-    columns = {name: [row[place] for row in rows] for place, name in enumerate(("user_id", "item_id", "order"))}
-    schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("order", pa.int64())])
-    items = pa.table({"item_id": ITEMS, "title": [f"title {item}" for item in ITEMS], "category": [""] * len(ITEMS)})
-    return build_sequences(
-        pa.table(columns, schema=schema),
-        items,
-        duplicates=duplicates,
-        min_user_interactions=min_user,
-        min_item_interactions=min_item,
+    """Of rows that arrive in some order; `refused` is given the places of the duplicates."""
+    table = pa.table(
+        {
+            "user_id": pa.array([row[0] for row in rows], pa.string()),
+            "item": pa.array([ITEMS.index(row[1]) for row in rows], pa.int32()),
+            "order": pa.array([row[2] for row in rows], pa.int64()),
+            "file": pa.array([0] * len(rows), pa.int32()),
+            "row": pa.array(range(len(rows)), pa.int64()),
+        }
     )
+    items = pa.table({"item_id": ITEMS, "title": [f"title {item}" for item in ITEMS], "category": [""] * len(ITEMS)})
+    places = [] if refused is None else refused
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shuffled = add_parts(table, num_parts).take(np.random.default_rng(0).permutation(len(rows)))
+        with PartWriter(folder, num_parts) as parts:
+            for block in (shuffled.slice(0, 7), shuffled.slice(7)):
+                parts.add(block)
+        made = build_sequences(
+            (part for path in parts.paths if (part := read_part(path)) is not None),
+            items,
+            folder,
+            duplicates=duplicates,
+            min_user_interactions=min_user,
+            min_item_interactions=min_item,
+            refuse=lambda rows: places.extend(rows["place"].to_pylist()),
+        )
+        return replace(made, log=replace(made.log, items=np.array(made.log.items)))
 
 
 def plain_core(rows: list[Row], min_user: int, min_item: int) -> list[Row]:
@@ -71,11 +95,11 @@ def named(made: Sequences) -> dict[str, list[str]]:
 
 
 @settings(deadline=None)
-@given(ROWS, st.sampled_from(["keep", "first", "last"]), st.integers(1, 4), st.integers(1, 4))
+@given(ROWS, st.sampled_from(["keep", "first", "last"]), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 def test_sequences_equal_plain_python(
-    rows: list[Row], duplicates: Literal["keep", "first", "last"], min_user: int, min_item: int
+    rows: list[Row], duplicates: Literal["keep", "first", "last"], min_user: int, min_item: int, num_parts: int
 ) -> None:
-    made = build(rows, duplicates, min_user, min_item)
+    made = build(rows, duplicates, min_user, min_item, num_parts)
     expected = plain_sequences(rows, duplicates, min_user, min_item)
     assert named(made) == expected
     seen = dict.fromkeys(row[0] for row in rows)
@@ -83,7 +107,7 @@ def test_sequences_equal_plain_python(
     present = {item for sequence in expected.values() for item in sequence}
     assert made.log.catalogue.item_ids == [item for item in ITEMS if min_item == 1 or item in present]
     assert made.log.catalogue.titles == [f"title {item}" for item in made.log.catalogue.item_ids]
-    assert len(rows) == len(made.log.items) + made.core_interactions + int(made.duplicates.sum())
+    assert len(rows) == len(made.log.items) + made.core_interactions + made.duplicates
     assert made.log.items.dtype == np.int32
     assert made.log.offsets.dtype == np.int64
 
@@ -112,8 +136,10 @@ def test_leave_one_out_equals_plain_python(rows: list[Row]) -> None:
 @given(ROWS, st.integers(1, 5), st.integers(1, 5))
 def test_core_equals_plain_python_and_keeps_order(rows: list[Row], min_user: int, min_item: int) -> None:
     users = np.array([ord(row[0]) for row in rows], dtype=np.int64)
-    items = np.array([ord(row[1]) for row in rows], dtype=np.int64)
-    kept = k_core(users, items, min_user, min_item)
+    items = np.array([ord(row[1]) for row in rows], dtype=np.int32)
+    halves = [(users[part], items[part]) for part in (slice(0, 11), slice(11, None))]
+    in_users, in_items = k_core(lambda: halves, 128, 128, min_user, min_item)
+    kept = in_users[users] & in_items[items]
     assert [row for row, keep in zip(rows, kept, strict=True) if keep] == plain_core(rows, min_user, min_item)
 
 
@@ -143,9 +169,11 @@ def test_repeated_pairs_by_time(
 ) -> None:
     # In file order; rows 0 and 3 are exact duplicates of each other.
     rows = [("u", "b", 5), ("u", "a", 3), ("u", "b", 1), ("u", "b", 5)]
-    made = build(rows, duplicates)
+    refused: list[int] = []
+    made = build(rows, duplicates, refused=refused)
     assert named(made) == {"u": sequence}
-    assert np.flatnonzero(made.duplicates).tolist() == dropped
+    assert refused == dropped
+    assert made.duplicates == len(dropped)
 
 
 def test_equal_times_keep_file_order() -> None:
