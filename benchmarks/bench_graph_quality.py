@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,11 @@ from ctd_scale.graph.train import train_steps
 from ctd_scale.interactions.prepare import prepare_interactions
 from ctd_scale.metrics import summarise, target_ranks, top_k
 
-# Dataset -> epochs: enough for the validation figure to level off, few enough for a laptop.
-EPOCHS = {"ml-100k": 40, "lastfm": 40, "beauty": 40}
+# The configurations of `jobs/configs`, with as many epochs as a laptop can wait for.
+DATASETS = ("ml100k", "lastfm", "beauty")
+EPOCHS = 40
+SEEDS = (0, 1, 2)
+CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 CHUNK_USERS = 512
 
 
@@ -78,6 +81,7 @@ def whole_graph(graph: BipartiteGraph, config: GraphConfig, seed: int) -> NodeAr
         torch.tensor(graph.neighbors).long(),
         torch.tensor(1 / (root[rows] * root[graph.neighbors])),
         size=(graph.num_nodes, graph.num_nodes),
+        check_invariants=True,
     )
 
     def encode() -> torch.Tensor:
@@ -105,26 +109,34 @@ def whole_graph(graph: BipartiteGraph, config: GraphConfig, seed: int) -> NodeAr
     return split_nodes(graph, encode().detach().numpy())
 
 
-def cases_of(dataset: str, config: RunConfig) -> list[Case]:
+def cases_of(dataset: str, config: RunConfig, epochs: int, seeds: Sequence[int]) -> list[Case]:
     with tempfile.TemporaryDirectory() as root:
         run = Run(root, "quality")
         prepare_interactions(config.interactions, run, "key")
         log, folder = InteractionLog.load(run.fetch("interactions").path), Path(root) / "graph"
         folder.mkdir()
         graph = build_graph(log, folder)
-        started = time.perf_counter()
-        ours = sampled(graph, config.graph, config.seed, Path(root))
-        between = time.perf_counter()
-        rival = whole_graph(graph, config.graph, config.seed)
-        ended = time.perf_counter()
+        config = config.model_copy(update={"graph": config.graph.model_copy(update={"epochs": epochs})})
+        found: dict[Split, list[tuple[float, float]]] = {split: [] for split in SPLITS}
+        seconds = np.zeros(2)
+        for seed in seeds:
+            started = time.perf_counter()
+            ours = sampled(graph, config.graph, seed, Path(root))
+            between = time.perf_counter()
+            rival = whole_graph(graph, config.graph, seed)
+            seconds += between - started, time.perf_counter() - between
+            for split in SPLITS:
+                found[split].append((ndcg(log, ours, split), ndcg(log, rival, split)))
+    about = f"{dataset}, {epochs} epochs, mean of {len(seeds)} seeds"
     cases = []
     for split in SPLITS:
-        pair = ndcg(log, ours, split), ndcg(log, rival, split)
-        name = f"NDCG@10, {dataset}, {split}, {config.graph.epochs} epochs"
-        cases.append(Case("quality", name, "", *pair, "whole graph", pair[0] / pair[1]))
-    seconds = between - started, ended - between
-    name = f"training time, {dataset}, {config.graph.epochs} epochs"
-    cases.append(Case("quality", name, "s", *seconds, "whole graph", seconds[1] / seconds[0]))
+        pair, spread = np.mean(found[split], axis=0), np.std(found[split], axis=0)
+        name = f"NDCG@10, {split}, {about}, spread {spread[0]:.4f} and {spread[1]:.4f}"
+        cases.append(Case("quality", name, "", pair[0], pair[1], "whole graph", pair[0] / pair[1]))
+    seconds /= len(seeds)
+    cases.append(
+        Case("quality", f"training time, {about}", "s", seconds[0], seconds[1], "whole graph", seconds[1] / seconds[0])
+    )
     return cases
 
 
@@ -135,9 +147,10 @@ def main() -> None:
     torch.set_num_threads(1)
     training.start_ray()
     cases: list[Case] = []
-    for dataset, epochs in EPOCHS.items() if options.size == "full" else [("ml-100k", 5)]:
-        source = [f"interactions.dataset={dataset}", f'interactions.data_dir="{options.data_dir}"']
-        measured = cases_of(dataset, load_config(None, [*source, f"graph.epochs={epochs}"]))
+    full = options.size == "full"
+    for dataset in DATASETS if full else DATASETS[:1]:
+        config = load_config(CONFIGS / f"{dataset}.toml", [f'interactions.data_dir="{options.data_dir}"'])
+        measured = cases_of(dataset, config, EPOCHS if full else 5, SEEDS if full else SEEDS[:1])
         show(measured)
         cases += measured
     write(cases, options.json)

@@ -44,9 +44,8 @@ def sketch_log(config: InteractionsConfig) -> InteractionLog:
     core = kept_users[users] & kept_items[items]
     users, items = users[core], items[core]
     if config.min_item_interactions > 1:
-        kept, items = np.unique(items, return_inverse=True)
-        num_items = len(kept)
-    _, users = np.unique(users, return_inverse=True)
+        items, num_items = (np.cumsum(kept_items) - 1)[items], int(kept_items.sum())
+    users = (np.cumsum(kept_users) - 1)[users]
     if not len(users):
         raise BadInputError("no interactions are left to plan with; `ctd data` says what became of the rows")
     lengths = np.bincount(users)
