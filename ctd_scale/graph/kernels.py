@@ -9,6 +9,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from ctd_scale.graph.prefetch import AHEAD, prefetch_row
+
 EMPTY = -1
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -145,6 +147,8 @@ def propagate_rows(start, stop, offsets, neighbors, roots, layer, out):  # type:
         row = out[node - start]
         row[:] = 0
         for place in range(first, last):
+            if place + AHEAD < len(neighbors):
+                prefetch_row(layer, neighbors[place + AHEAD])
             neighbor = neighbors[place]
             add_scaled(row, layer[neighbor], roots[node] / (np.float32(last - first) * roots[neighbor]))
 
@@ -156,6 +160,8 @@ def sum_sources(starts, sources, weights, values, out):  # type: ignore[no-untyp
         row = out[target]
         row[:] = 0
         for message in range(starts[target], starts[target + 1]):
+            if message + AHEAD < len(sources):
+                prefetch_row(values, sources[message + AHEAD])
             add_scaled(row, values[sources[message]], weights[message])
 
 
@@ -165,13 +171,31 @@ def sum_targets(starts, sources, weights, gradients, out):  # type: ignore[no-un
     for target in range(len(gradients)):
         row = gradients[target]
         for message in range(starts[target], starts[target + 1]):
+            if message + AHEAD < len(sources):
+                prefetch_row(out, sources[message + AHEAD])
             add_scaled(out[sources[message]], row, weights[message])
+
+
+@compiled
+def gather_rows(rows, table, out):  # type: ignore[no-untyped-def]
+    """`out[place] = table[rows[place]]`"""
+    for place in range(len(rows)):
+        if place + AHEAD < len(rows):
+            prefetch_row(table, rows[place + AHEAD])
+        row, target = table[rows[place]], out[place]
+        for axis in range(len(row)):  # a slice assignment would first look for overlaps
+            target[axis] = row[axis]
 
 
 @compiled
 def adam_rows(rows, gradients, weight, first, second, keep_1, keep_2, take_1, take_2, size, spread, eps):  # type: ignore[no-untyped-def]
     """Adam's step on some rows in place: `weight -= size * first / (sqrt(second) * spread + eps)`."""
     for place in range(len(rows)):
+        if place + AHEAD < len(rows):
+            ahead = rows[place + AHEAD]
+            prefetch_row(weight, ahead)
+            prefetch_row(first, ahead)
+            prefetch_row(second, ahead)
         gradient, w = gradients[place], weight[rows[place]]
         m, v = first[rows[place]], second[rows[place]]
         for axis in range(len(w)):

@@ -21,8 +21,8 @@ from ctd_scale.graph import kernels
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 INITIAL_STD = 0.1
-# Where Numba's loop makes the step, in one pass over the rows; torch's needs ten.
-COMPILED_ON = (("cpu", torch.float32),)
+# Where Numba's loops read the rows and make the step, in one pass over them; torch's step needs ten.
+COMPILED_ON = ("cpu", torch.float32)
 # Initial values are drawn for so many nodes at a time, the same on every number of workers.
 DRAWN_AT_ONCE = 65_536
 
@@ -58,6 +58,7 @@ class EmbeddingTable:
     ) -> None:
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._learning_rate, self._step, self._num_nodes = learning_rate, 0, num_nodes
+        self._compiled = (device.type, dtype) == COMPILED_ON
         own = len(range(rank, num_nodes, world_size))
         self.weight = torch.empty(own, embed_dim, device=device, dtype=dtype)
         self._first, self._second = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
@@ -83,7 +84,11 @@ class EmbeddingTable:
 
     def rows(self, route: Route) -> Float[Tensor, "nodes embed_dim"]:
         """The rows of the route's nodes in float32, as a leaf whose gradient `update` takes."""
-        rows = self.weight.index_select(0, route.wanted).float()
+        if self._compiled:
+            rows = self.weight.new_empty(len(route.wanted), self.weight.shape[1])
+            kernels.gather_rows(route.wanted.numpy(), self.weight.numpy(), rows.numpy())
+        else:
+            rows = self.weight.index_select(0, route.wanted).float()
         if self._world_size > 1:
             by_owner = _exchanged(rows, route.received, route.sent)
             rows = torch.empty_like(by_owner)
@@ -101,7 +106,7 @@ class EmbeddingTable:
         self._step += 1
         size = self._learning_rate / (1 - BETAS[0] ** self._step)
         spread = (1 - BETAS[1] ** self._step) ** -0.5
-        if (self.weight.device.type, self.weight.dtype) in COMPILED_ON:
+        if self._compiled:
             columns = [column.numpy() for column in (self.weight, self._first, self._second)]
             numbers = [np.float32(number) for number in (*BETAS, *(1 - beta for beta in BETAS), size, spread, EPS)]
             kernels.adam_rows(rows.numpy(), gradients.numpy(), *columns, *numbers)

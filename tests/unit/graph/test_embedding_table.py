@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctd_scale.graph import kernels
 from ctd_scale.graph import table as table_module
 from ctd_scale.graph.table import EmbeddingTable, stochastically_rounded
 
@@ -104,18 +103,22 @@ def test_parts_of_another_number_of_workers_are_taken_over() -> None:
         assert torch.equal(third.weight, whole.weight[rank::3])
 
 
-def test_the_compiled_step_is_torchs_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on the CPU against what runs elsewhere."""
-    tables = [EmbeddingTable(NODES, DIM, RATE, CPU, seed=0) for _ in range(2)]
-    kernel = kernels.adam_rows
-    torch.manual_seed(1)
-    for _ in range(10):
-        some, gradients = torch.randperm(NODES)[:4], torch.randn(4, DIM)
-        tables[0].update(tables[0].route(some), gradients)
+def test_the_compiled_loops_do_what_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on the CPU against what runs elsewhere, on rows of more and of less than a cache line."""
+    for dim in (DIM, 40):
+        tables = [EmbeddingTable(50, dim, RATE, CPU, seed=0)]
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "adam_rows", None)
-            patch.setattr(table_module, "COMPILED_ON", ())
-            tables[1].update(tables[1].route(some), gradients)
-    assert kernels.adam_rows is kernel
-    for name in ("weight", "first", "second"):
-        torch.testing.assert_close(tables[0].state_dict()[name], tables[1].state_dict()[name], rtol=1e-5, atol=1e-7)
+            patch.setattr(table_module, "COMPILED_ON", None)
+            tables.append(EmbeddingTable(50, dim, RATE, CPU, seed=0))
+        torch.manual_seed(1)
+        for _ in range(10):
+            some, gradients = torch.randperm(50)[:40], torch.randn(40, dim)
+            read = []
+            for table in tables:
+                route = table.route(some)
+                read.append(table.rows(route))
+                table.update(route, gradients)
+            torch.testing.assert_close(read[0], read[1], rtol=1e-5, atol=1e-7)
+        for name in ("weight", "first", "second"):
+            theirs = tables[1].state_dict()[name]
+            torch.testing.assert_close(tables[0].state_dict()[name], theirs, rtol=1e-5, atol=1e-7)
