@@ -127,14 +127,21 @@ def train_steps(minibatches: Iterable[Minibatch], table: EmbeddingTable, l2: flo
     for minibatch in minibatches:
         route = table.route(torch.tensor(minibatch.nodes, dtype=torch.long, device=device))
         rows = table.rows(route)
-        loss = minibatch_loss(encoder, rows, minibatch, l2)
-        table.update(route, *torch.autograd.grad(loss, [rows]))
+        # A leaf of their own: the gradient of a cut is as large as what it was cut from.
+        own = rows[: minibatch.num_seeds].detach().requires_grad_()
+        loss = minibatch_loss(encoder, rows, own, minibatch, l2)
+        gradients, own_gradients = torch.autograd.grad(loss, [rows, own])
+        gradients[: minibatch.num_seeds] += own_gradients
+        table.update(route, gradients)
         yield loss.detach()
 
 
-def minibatch_loss(encoder: LightGCN, rows: torch.Tensor, minibatch: Minibatch, l2: float) -> torch.Tensor:
-    """BPR plus L2 of one minibatch. `rows` [nodes, embed_dim] are the layer-0 embeddings of its nodes."""
-    device, own = rows.device, rows[: minibatch.num_seeds]
+def minibatch_loss(
+    encoder: LightGCN, rows: torch.Tensor, own: torch.Tensor, minibatch: Minibatch, l2: float
+) -> torch.Tensor:
+    """BPR plus L2 of one minibatch. `rows` [nodes, embed_dim] are the layer-0 embeddings of its nodes, `own` the first
+    of them, those of the seeds."""
+    device = rows.device
     seeds = encoder(rows, own, sparse_blocks(minibatch.nodes, minibatch.blocks, device))
     triples = [minibatch.users, minibatch.positives, minibatch.negatives]
     index = [torch.tensor(part, device=device) for part in triples]

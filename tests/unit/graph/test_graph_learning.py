@@ -69,8 +69,31 @@ def test_the_loss_of_a_minibatch_by_hand(tmp_path: Path) -> None:
         margin = encoded[user] @ encoded[positive] - encoded[user] @ encoded[negative]
         norms = sum(float(layer0[node] @ layer0[node]) for node in (user, positive, negative))
         terms.append(np.log1p(np.exp(-margin)) + 0.5 * 0.3 * norms)
-    got = minibatch_loss(LightGCN(), torch.from_numpy(layer0[batch.nodes]), batch, 0.3).item()
+    rows = torch.from_numpy(layer0[batch.nodes])
+    got = minibatch_loss(LightGCN(), rows, rows[: batch.num_seeds], batch, 0.3).item()
     assert got == pytest.approx(np.mean(terms), rel=1e-4)
+
+
+def test_a_step_moves_rows_by_the_gradient_of_the_loss() -> None:
+    graph, _ = two_communities()
+    batch = make_minibatch(
+        NeighborSampler(graph, (3, 2)),
+        NegativeSampler(graph, GraphConfig()),
+        seed=0,
+        step=0,
+        batch_size=16,
+        rank=0,
+        world_size=1,
+    )
+    table = EmbeddingTable(graph.num_nodes, 4, 0.1, torch.device("cpu"), seed=0)
+    given: list[torch.Tensor] = []
+    route = table.route(torch.from_numpy(batch.nodes).long())
+    rows = table.rows(route)
+    loss = minibatch_loss(LightGCN(), rows, rows[: batch.num_seeds], batch, 0.3)
+    table.update = lambda route, gradients: given.append(gradients)  # type: ignore[method-assign]
+    (got,) = train_steps([batch], table, 0.3)
+    assert got == loss
+    torch.testing.assert_close(given[0], *torch.autograd.grad(loss, [rows]))
 
 
 def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(tmp_path: Path, one_worker: Any) -> None:
