@@ -31,10 +31,9 @@ from ctd_scale.graph.train import train_steps
 from ctd_scale.interactions.prepare import prepare_interactions
 from ctd_scale.metrics import summarise, target_ranks, top_k
 
-# The configurations of `jobs/configs`, with as many epochs as a laptop can wait for.
-DATASETS = ("ml100k", "lastfm", "beauty")
+# Configurations of `jobs/configs` and how many seeds; as many of them, and of epochs, as a laptop can wait for.
+DATASETS = {"ml100k": 6, "lastfm": 6, "beauty": 3}
 EPOCHS = 40
-SEEDS = (0, 1, 2)
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 CHUNK_USERS = 512
 
@@ -143,14 +142,15 @@ def cases_of(dataset: str, config: RunConfig, epochs: int, seeds: Sequence[int])
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--data-dir", default="", help="folder of the ready-made sets (env CTD_DATA_DIR)")
+    made.add_argument("--only", choices=DATASETS, help="one of the sets")
     options = made.parse_args()
     torch.set_num_threads(1)
     training.start_ray()
     cases: list[Case] = []
     full = options.size == "full"
-    for dataset in DATASETS if full else DATASETS[:1]:
+    for dataset in [options.only] if options.only else DATASETS if full else ["ml100k"]:
         config = load_config(CONFIGS / f"{dataset}.toml", [f'interactions.data_dir="{options.data_dir}"'])
-        measured = cases_of(dataset, config, EPOCHS if full else 5, SEEDS if full else SEEDS[:1])
+        measured = cases_of(dataset, config, EPOCHS if full else 5, range(DATASETS[dataset] if full else 1))
         show(measured)
         cases += measured
     write(cases, options.json)
