@@ -182,6 +182,23 @@ def recommend(
         )
 
 
+@app.command("recommend-all")
+def recommend_all_command(
+    run: RunOption,
+    out: Annotated[str, typer.Option(help="folder or URL for the Parquet files; default: RUN/recommendations")] = "",
+    k: Annotated[int, typer.Option(help="how many items")] = 10,
+    explain: Annotated[bool, typer.Option(help="let the LLM say what each user wants; takes much longer")] = False,
+    exclude_seen: Annotated[bool, typer.Option(help="leave out what is in the history")] = True,
+) -> None:
+    """Recommend to every user of the log, into Parquet; goes on where it was interrupted."""
+    from ctd_scale.recommend_all import Order, recommend_all
+
+    opened = Run.open(run)
+    target = out or f"{opened.url}/recommendations"
+    users = recommend_all(opened, target, Order(k, exclude_seen, explain))
+    console.print(f"{users:,} users: {target}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def serve(
     run: RunOption,

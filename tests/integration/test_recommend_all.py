@@ -1,0 +1,85 @@
+"""`ctd recommend-all`: every user gets what `recommend` answers, and a second start makes what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tiny_run import LOST_USER, make_tiny_run
+
+from ctd_scale import recommend_all as module
+from ctd_scale.artifacts import Run
+from ctd_scale.recommend_all import MANIFEST, Order, RecommendPart, part_name, recommend_all
+from ctd_scale.recommender import Recommender
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_tiny_run(tmp_path_factory.mktemp("runs"))
+
+
+def test_every_user_gets_what_recommend_answers(run: Run, ray_session: None, tmp_path: Path) -> None:
+    order = Order(k=5, explain=True)
+    users = recommend_all(run, str(tmp_path), order)
+    rows = pq.read_table(tmp_path / part_name(0)).to_pylist()
+    recommender = Recommender(run)
+    log, ids = recommender.log, recommender.catalogue.item_ids
+    assert [row["user_id"] for row in rows] == log.user_ids
+    assert len(rows) == users == json.loads((tmp_path / MANIFEST).read_text())["users"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "order.json", part_name(0)]
+    for user, row in enumerate(rows):
+        if row["user_id"] == LOST_USER:
+            assert (row["item_ids"], row["scores"], row["text"]) == ([], [], "")
+            continue
+        (answer,) = recommender.recommend([log.full_history(user)], 5, explain=True)
+        assert row["item_ids"] == [ids[item] for item in answer.items]
+        assert np.allclose(row["scores"], answer.scores, atol=1e-5)
+        assert row["text"] == answer.text
+
+
+def test_a_second_start_makes_what_is_missing(
+    run: Run, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, order = tmp_path / "whole", Order(k=3)
+    recommend_all(run, str(whole), order)
+    expected = pq.read_table(whole / part_name(0)).to_pylist()
+
+    monkeypatch.setattr(module, "PART_USERS", 25)
+    made: list[int] = []
+
+    def make(run: Run, out: str, order: Order, parts: list[int]) -> None:
+        actor = RecommendPart(run.storage, run.name, out, vars(order), 1)
+        for part in parts:
+            actor({"part": np.array([part])})
+            made.append(part)
+            if len(made) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_make", make)
+    out = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        recommend_all(run, str(out), order)
+    assert not (out / MANIFEST).exists()
+    users = recommend_all(run, str(out), order)
+    assert made == list(range(-(-users // 25)))
+    parts = json.loads((out / MANIFEST).read_text())["parts"]
+    rows = [row for part in parts for row in pq.read_table(out / part).to_pylist()]
+    assert [row["item_ids"] for row in rows] == [row["item_ids"] for row in expected]
+    recommend_all(run, str(out), order)
+    assert len(made) == len(parts)
+
+
+def test_another_order_or_version_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_make", lambda *_: None)
+    recommend_all(run, str(tmp_path), Order(k=3))
+    with pytest.raises(ValueError, match=r"holds other recommendations \(k=3, now 4\); choose another --out"):
+        recommend_all(run, str(tmp_path), Order(k=4))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match="--k 0: expected at least 1"):
+        recommend_all(run, str(tmp_path), Order(k=0))
