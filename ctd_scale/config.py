@@ -124,7 +124,11 @@ class LLMConfig(Section):
         False, description="a known user's tokens first; a served history has no user, and so none: for study only"
     )
     epochs: Positive = 5
-    batch_tokens: Positive = Field(4096, description="padded tokens per optimizer step, all workers together")
+    batch_tokens: Positive = Field(
+        4096, description="padded tokens per optimizer step, all workers together; the instruction is not counted"
+    )
+    accumulation_steps: Positive = Field(1, description="read a worker's share of a step in so many parts")
+    gradient_checkpointing: bool = Field(False, description="forget activations and compute them again")
     learning_rate: PositiveFloat = 2e-4
     head_learning_rate: PositiveFloat = 1e-3
     weight_decay: NotNegative = 0.01
@@ -139,16 +143,27 @@ class LLMConfig(Section):
     full_softmax_limit: Positive = 100_000
     sampled_negatives: Positive = 4096
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="what ZeRO keeps in host memory; `parameters` includes the optimizer and needs zero_stage=3"
+    )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpoint_every_steps: Positive = 100
     generate_texts: bool = True
-    text_choices: Literal["preferred", "catalogue", "free"] = Field(
+    text_choices: Literal["preferred", "catalogue", "category", "free"] = Field(
         "preferred",
-        description="a text names one of the items that the preference ranks first, any item that exists, or anything",
+        description="what a text names: an item that the preference ranks first, any item of the catalogue, "
+        "a category of the catalogue, or anything",
     )
     text_shortlist: Positive = Field(50, description="how many items, where text_choices = preferred")
     max_new_tokens: Positive = 32
     inference_batch: Positive = 64
+
+    @model_validator(mode="after")
+    def _stage_can_offload(self) -> LLMConfig:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"llm.offload={self.offload!r} needs llm.zero_stage={least}, got {self.zero_stage}")
+        return self
 
 
 class DiffusionConfig(Section):

@@ -146,6 +146,10 @@ def rank() -> int:
     return int(ray.train.get_context().get_world_rank())
 
 
+def local_rank() -> int:
+    return int(ray.train.get_context().get_local_rank())
+
+
 def world_size() -> int:
     return int(ray.train.get_context().get_world_size())
 

@@ -8,8 +8,6 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from numpy import ndarray
 
-from ctd_scale.llm.prompts import Prompts
-
 # Fewer answers than this are looked through again rather than remembered.
 SMALL = 1000
 
@@ -35,12 +33,11 @@ class AnswerChoices:
     Greedy decoding over it names only items that exist. Memory: 4 bytes per item and word of the longest answer.
     """
 
-    def __init__(self, prompts: Prompts) -> None:
-        offsets = prompts.answer_offsets
+    def __init__(self, answers: Int32[ndarray, "answer_ids"], offsets: Int64[ndarray, "offsets"]) -> None:
         lengths = np.diff(offsets)
         words = np.full((len(lengths), int(lengths.max(initial=0))), -1, np.int32)
         items = np.repeat(np.arange(len(lengths)), lengths)
-        words[items, np.arange(len(prompts.answers)) - np.repeat(offsets[:-1], lengths)] = prompts.answers
+        words[items, np.arange(len(answers)) - np.repeat(offsets[:-1], lengths)] = answers
         order = np.lexsort(words.T[::-1])
         self._columns: Int32[ndarray, "words items"] = np.ascontiguousarray(words[order].T)
         self._rows = np.argsort(order)

@@ -16,11 +16,12 @@ from ctd_scale.llm.prompts import Prompts
 
 @dataclass(frozen=True)
 class LLMBatch:
-    """Right-padded rows. All positions are flat: row * length + column.
+    """Right-padded rows, each read after the same head. All positions are flat: row * length + column.
 
     Right padding needs no attention mask: in a causal model nothing before a pad ever sees it.
     """
 
+    head_ids: Int[Tensor, "head"]
     input_ids: Int[Tensor, "batch length"]
     token_positions: Int[Tensor, "tokens"]
     token_values: Float[Tensor, "tokens token_dim"]
@@ -62,13 +63,16 @@ class Collator:
         self.num_ways = item_tokens.shape[1]
         self.block_sizes = np.diff(prompts.title_offsets) + self.num_ways
 
+    def num_blocks(self, row: Row) -> int:
+        """Groups of `num_ways` continuous tokens in the row: one per item, and one of its user."""
+        return len(row.items) + int(self.user_tokens is not None and row.user >= 0)
+
     def sizes(self, rows: Sequence[Row]) -> Int[ndarray, "rows"]:
-        """Tokens of each row, text and continuous together."""
+        """Tokens of each row, text and continuous together, without the head."""
         prompts = self.prompts
         return np.array(
             [
-                len(prompts.head)
-                + (self.num_ways if self.user_tokens is not None and row.user >= 0 else 0)
+                (self.num_ways if self.user_tokens is not None and row.user >= 0 else 0)
                 + int(self.block_sizes[row.items].sum())
                 + (len(prompts.tail) + len(prompts.answer(row.answer_item)) if row.answer_item >= 0 else 0)
                 for row in rows
@@ -85,8 +89,7 @@ class Collator:
         answer_positions: list[ndarray] = []
         answer_ids: list[ndarray] = []
         for index, row in enumerate(rows):
-            base, column = index * longest, len(self.prompts.head)
-            ids[index, :column] = self.prompts.head
+            base, column = index * longest, 0
             if self.user_tokens is not None and row.user >= 0:
                 tokens.append(base + column + np.arange(self.num_ways))
                 values.append(np.asarray(self.user_tokens[row.user]))
@@ -108,6 +111,7 @@ class Collator:
                 answer_ids.append(answer)
         empty = np.zeros(0, np.int64)
         return LLMBatch(
+            head_ids=torch.from_numpy(self.prompts.head.astype(np.int64)),
             input_ids=torch.from_numpy(ids),
             token_positions=torch.from_numpy(np.concatenate(tokens)),
             token_values=torch.from_numpy(np.concatenate(values).astype(np.float32)),

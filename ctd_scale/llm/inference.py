@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float32, Int32
 from numpy import ndarray
+from transformers import DynamicCache
 
 from ctd_scale.batches import Catalogue, NodeArrays
 from ctd_scale.config import LLMConfig
 from ctd_scale.llm.backbone import load_text_tokenizer
 from ctd_scale.llm.choices import Among, AnswerChoices, Begun
 from ctd_scale.llm.collator import Collator, Row
-from ctd_scale.llm.prompts import make_prompts
+from ctd_scale.llm.prompts import make_category_answers, make_prompts
 from ctd_scale.llm.train import DTYPES
 from ctd_scale.llm.weights import BACKBONE, load_model
 
@@ -33,7 +34,7 @@ class PreferenceModel:
         config: LLMConfig,
         device: torch.device | None = None,
     ) -> None:
-        self.config = config
+        self.config, self._catalogue = config, catalogue
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(folder, DTYPES[config.dtype]).to(self.device)
         self.text_tokenizer = load_text_tokenizer(folder / BACKBONE)
@@ -60,7 +61,7 @@ class PreferenceModel:
         outcome: list[ndarray] = [np.zeros(0)] * len(rows)
         for index in self._buckets(rows):
             batch = self.collator([rows[i] for i in index]).to(self.device)
-            vectors = self.model.preferences(batch).cpu().numpy()
+            vectors = self.model.preferences(batch, self._head).cpu().numpy()
             cuts = np.cumsum([len(rows[i].targets) for i in index])[:-1]
             for i, part in zip(index, np.split(vectors, cuts), strict=True):
                 outcome[i] = part
@@ -81,8 +82,16 @@ class PreferenceModel:
         return outcome
 
     @cached_property
+    @torch.inference_mode()
+    def _head(self) -> DynamicCache:
+        """The instruction, read once for all requests."""
+        return self.model.read_head(torch.tensor(self.collator.prompts.head, dtype=torch.long, device=self.device))
+
+    @cached_property
     def _choices(self) -> AnswerChoices:
-        return AnswerChoices(self.collator.prompts)
+        if self.config.text_choices == "category":
+            return AnswerChoices(*make_category_answers(self.text_tokenizer, self._catalogue))
+        return AnswerChoices(self.collator.prompts.answers, self.collator.prompts.answer_offsets)
 
     @cached_property
     def _directions(self) -> torch.Tensor:
@@ -107,7 +116,7 @@ class PreferenceModel:
             cache = said.past_key_values
             if choose is None:
                 choose = self._choice(said.last_hidden_state, seen)
-            word = choose(lm.get_output_embeddings()(said.last_hidden_state[:, -1].contiguous()))
+            word = choose(self.model.word_logits(said.last_hidden_state[:, -1].contiguous()))
             words.append(word.masked_fill(ended, eos_id))
             ended |= word == eos_id
             if ended.all():
@@ -122,7 +131,7 @@ class PreferenceModel:
         """How words are chosen; `states` are those of the prompt, which also hold the preference."""
         if self.config.text_choices == "free":
             return _any_choice
-        if self.config.text_choices == "catalogue":
+        if self.config.text_choices in ("catalogue", "category"):
             return self._known_choice(dict.fromkeys(range(len(states)), self._choices.start()))
         preferences = self.model.head.project(states[:, -len(self.collator.prompts.tail) - 1]).float()
         scores = F.normalize(preferences, dim=1) @ self._directions.T
@@ -166,12 +175,12 @@ class PreferenceModel:
             yield order[start : start + self.config.inference_batch]
 
     def _left_padded(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embedded prompts with the answer's tail, moved so that all end in the same column."""
+        """Embedded prompts, head and answer's tail included, moved so that all end in the same column."""
         batch = self.collator(rows).to(self.device)
-        embedded = self.model.embed(batch)
-        tail_ids = torch.tensor(self.collator.prompts.tail, dtype=torch.long, device=self.device)
-        tail = self.model.lm.get_input_embeddings()(tail_ids)
-        sizes = self.collator.sizes(rows).tolist()
+        head = self.model.words(batch.head_ids).expand(len(rows), -1, -1)
+        embedded = torch.cat([head, self.model.embed(batch)], dim=1)
+        tail = self.model.words(torch.tensor(self.collator.prompts.tail, dtype=torch.long, device=self.device))
+        sizes = (len(batch.head_ids) + self.collator.sizes(rows)).tolist()
         longest = max(sizes) + len(tail)
         moved = embedded.new_zeros(len(rows), longest, embedded.shape[2])
         mask = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)

@@ -1,13 +1,50 @@
-"""Losses of the preference: softmax over items of the retrieval score."""
+"""Losses of the preference: softmax over items of the retrieval score. Sums over positions, not means."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+# Logits that exist at a time: 64 MB in float32. `positions x items` would be gigabytes.
+MAX_LOGITS = 1 << 24
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`sum_i ( log sum_j exp(q_i . v_j) - q_i . v_target(i) )`, some rows at a time.
+
+    The gradients are made together with the logits, which are then forgotten, so nothing is computed twice: the three
+    products of the plain form, in memory of one chunk (as in Liger Kernel's fused linear cross-entropy).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, vectors: Tensor, targets: Tensor, max_logits: int) -> Tensor:
+        wanted = any(ctx.needs_input_grad[:2])
+        chunk = max(1, max_logits // len(vectors))
+        total = queries.new_zeros(())
+        query_gradients = torch.empty_like(queries) if wanted else None
+        vector_gradients = torch.zeros_like(vectors) if wanted else None
+        for start in range(0, len(queries), chunk):
+            rows = slice(start, start + chunk)
+            logits, target = queries[rows] @ vectors.T, targets[rows, None]
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            total += (normaliser - logits.gather(1, target)).sum()
+            if query_gradients is not None and vector_gradients is not None:
+                shares = logits.sub_(normaliser).exp_()
+                shares.scatter_add_(1, target, -torch.ones_like(normaliser))
+                query_gradients[rows] = shares @ vectors
+                vector_gradients.addmm_(shares.T, queries[rows])
+        ctx.save_for_backward(query_gradients, vector_gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (gradient,), (queries, vectors) = gradients, ctx.saved_tensors
+        return gradient * queries, gradient * vectors, None, None
 
 
 def softmax_loss(
@@ -15,10 +52,15 @@ def softmax_loss(
     vectors: Float[Tensor, "items cond_dim"],
     targets: Int[Tensor, "preferences"],
     temperature: Float[Tensor, ""],
-) -> Float[Tensor, "preferences"]:
-    """`-log softmax_j( cos(c, q_j) / temperature )` at the target, over the full catalogue."""
-    logits = F.normalize(preferences, dim=1) @ F.normalize(vectors, dim=1).T / temperature
-    return F.cross_entropy(logits, targets, reduction="none")
+    max_logits: int = MAX_LOGITS,
+) -> Float[Tensor, ""]:
+    """`-log softmax_j( cos(c, q_j) / temperature )` at the target, over the full catalogue.
+
+    Memory: `max_logits` logits, and gradients of the size of the inputs; never `preferences x items`.
+    """
+    queries = F.normalize(preferences.float(), dim=1) / temperature
+    loss: Tensor = ChunkedCrossEntropy.apply(queries, F.normalize(vectors.float(), dim=1), targets, max_logits)
+    return loss
 
 
 def sampled_softmax_loss(
@@ -27,14 +69,14 @@ def sampled_softmax_loss(
     targets: Int[Tensor, "preferences"],
     temperature: Float[Tensor, ""],
     negatives: Int[Tensor, "negatives"],
-) -> Float[Tensor, "preferences"]:
+) -> Float[Tensor, ""]:
     """The same with negatives drawn uniformly, shared by the batch, each corrected by the log of its expected count
     (logQ; Bengio & Senecal, 2008), so that the partition sum is estimated without bias. A negative that is the
     target is left out, and so is not counted twice."""
-    queries = F.normalize(preferences, dim=1)
-    positive = (queries * F.normalize(vectors[targets], dim=1)).sum(dim=1, keepdim=True) / temperature
-    negative = queries @ F.normalize(vectors[negatives], dim=1).T / temperature
+    queries = F.normalize(preferences.float(), dim=1) / temperature
+    positive = (queries * F.normalize(vectors[targets].float(), dim=1)).sum(dim=1, keepdim=True)
+    negative = queries @ F.normalize(vectors[negatives].float(), dim=1).T
     negative = negative - math.log(len(negatives) / len(vectors))
     negative = negative.masked_fill(negatives[None, :] == targets[:, None], -torch.inf)
     logits = torch.cat([positive, negative], dim=1)
-    return F.cross_entropy(logits, torch.zeros_like(targets), reduction="none")
+    return F.cross_entropy(logits, torch.zeros_like(targets), reduction="sum")

@@ -5,12 +5,14 @@ Shapes: batch x length text and continuous tokens, token_dim H (hidden size), co
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ctd_scale.llm.collator import LLMBatch
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
@@ -61,41 +63,76 @@ class PreferenceLM(nn.Module):
         if lm.get_output_embeddings() is not None:
             lm.get_output_embeddings().weight.requires_grad_(False)
 
+    def words(self, ids: Int[Tensor, "*places"]) -> Float[Tensor, "*places token_dim"]:
+        embedded: Tensor = self.lm.get_input_embeddings()(ids)
+        return embedded
+
     def embed(self, batch: LLMBatch) -> Float[Tensor, "batch length token_dim"]:
-        """Word embeddings with the continuous tokens in the places kept for them."""
-        words = self.lm.get_input_embeddings()(batch.input_ids)
+        """Word embeddings of the rows, without the head, with the continuous tokens in the places kept for them."""
+        words = self.words(batch.input_ids)
         flat = words.reshape(-1, words.shape[-1])
         tokens = self.adapter(batch.token_values.to(words.dtype)).to(words.dtype)
         flat = flat.index_copy(0, batch.token_positions, tokens)
         return flat.reshape(words.shape)
 
-    def hidden(self, batch: LLMBatch) -> Float[Tensor, "flat token_dim"]:
-        """Last hidden states, flat over rows and columns."""
-        states = self.lm.base_model(inputs_embeds=self.embed(batch), use_cache=False).last_hidden_state
+    def read_head(self, head_ids: Int[Tensor, "head"]) -> DynamicCache:
+        """Keys and values of the instruction with which every row begins."""
+        cache = DynamicCache(config=self.lm.config)
+        self.lm.base_model(inputs_embeds=self.words(head_ids[None]), past_key_values=cache, use_cache=True)
+        return cache
+
+    def hidden(self, batch: LLMBatch, head: DynamicCache | None = None) -> Float[Tensor, "flat token_dim"]:
+        """Last hidden states, flat over rows and columns (the head's are left out).
+
+        The head is read once and not once a row; gradients are the same. `head` is what `read_head` gave, where the
+        weights have not changed since. Layers that are computed again in the backward pass take no keys and values
+        from elsewhere, so with gradient checkpointing every row reads the head.
+        """
+        rows = self.embed(batch)
+        if self.training and self.lm.is_activation_checkpointing:
+            words = self.words(batch.head_ids).expand(len(rows), -1, -1)
+            read = self.lm.base_model(inputs_embeds=torch.cat([words, rows], dim=1), use_cache=False)
+            states = read.last_hidden_state[:, len(batch.head_ids) :]
+        else:
+            cache = self.read_head(batch.head_ids) if head is None else copy.deepcopy(head)
+            cache.batch_repeat_interleave(len(rows))
+            states = self.lm.base_model(inputs_embeds=rows, past_key_values=cache, use_cache=True).last_hidden_state
         return states.reshape(-1, states.shape[-1])
 
-    def preferences(self, batch: LLMBatch) -> Float[Tensor, "preferences cond_dim"]:
-        projected: Tensor = self.head.project(self.hidden(batch)[batch.preference_positions])
+    def preferences(self, batch: LLMBatch, head: DynamicCache | None = None) -> Float[Tensor, "preferences cond_dim"]:
+        projected: Tensor = self.head.project(self.hidden(batch, head)[batch.preference_positions])
         return projected.float()
+
+    def word_logits(self, states: Float[Tensor, "states token_dim"]) -> Float[Tensor, "states vocabulary"]:
+        """What the LM would say after these states; Gemma bounds its logits, Granite and Cohere scale them."""
+        logits: Tensor = self.lm.get_output_embeddings()(states).float()
+        config = self.lm.config.get_text_config()
+        logits = (
+            logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        )
+        bound = getattr(config, "final_logit_softcapping", None)
+        return logits if bound is None else bound * torch.tanh(logits / bound)
 
     def forward(self, batch: LLMBatch, negatives: Tensor | None = None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Sums (not means) of the preference loss over positions and of the LM loss over answer tokens."""
         hidden = self.hidden(batch)
-        preferences = self.head.project(hidden[batch.preference_positions]).float()
-        vectors, temperature = self.head.vectors.float(), self.head.temperature
+        preferences = self.head.project(hidden[batch.preference_positions])
+        vectors, temperature = self.head.vectors, self.head.temperature
         if negatives is None:
-            preference = softmax_loss(preferences, vectors, batch.targets, temperature).sum()
+            preference = softmax_loss(preferences, vectors, batch.targets, temperature)
         else:
-            preference = sampled_softmax_loss(preferences, vectors, batch.targets, temperature, negatives).sum()
+            preference = sampled_softmax_loss(preferences, vectors, batch.targets, temperature, negatives)
         # The vocabulary's logits cost as much as several layers: only where an answer token is predicted.
-        logits = self.lm.get_output_embeddings()(hidden[batch.answer_positions]).float()
-        text = F.cross_entropy(logits, batch.answer_ids, reduction="sum")
-        return preference, text
+        logits = self.word_logits(hidden[batch.answer_positions])
+        return preference, F.cross_entropy(logits, batch.answer_ids, reduction="sum")
 
 
 def word_scale(lm: Any) -> float:
-    """Root mean square of the word embeddings: the scale that the continuous tokens should come in."""
-    return float(lm.get_input_embeddings().weight.detach().float().square().mean().sqrt())
+    """Root mean square of the embedded words: the scale that the continuous tokens should come in. Measured behind
+    the embedding layer, because some models (Gemma) scale there."""
+    layer = lm.get_input_embeddings()
+    with torch.no_grad():
+        return float(layer(torch.arange(len(layer.weight), device=layer.weight.device)).float().square().mean().sqrt())
 
 
 def build_preference_lm(

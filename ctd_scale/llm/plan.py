@@ -36,20 +36,20 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
     token_dim = hidden_size(backbone)
     tokens = np.random.default_rng(0).standard_normal((TITLES, config.tokenizer.num_ways, token_dim), np.float32)
     collator = Collator(prompts, tokens)
-    head, block = len(prompts.head), int(collator.block_sizes[0])
+    block = int(collator.block_sizes[0])
 
     trained, exported = training_windows(sampled, settings, config.seed, 0), export_windows(sampled, settings)
-    read_in_training = scale * float((head + block * trained.lengths).sum())
+    read_in_training = scale * float((block * trained.lengths).sum())
     prefixes = scale * float((exported.lengths - exported.firsts).sum())
     histories = 2 * len(log.split_users())
     typical = max(1, round(float(trained.lengths.mean())) if len(trained) else 1)
-    read_in_export = scale * float((head + block * exported.lengths).sum()) + histories * (head + block * typical)
+    read_in_export = scale * float((block * exported.lengths).sum()) + histories * block * typical
 
     catalogue = min(log.num_items, settings.full_softmax_limit)
     vectors = np.random.default_rng(0).standard_normal((catalogue, settings.preference_dim)).astype(np.float32)
     model = new_model(settings, backbone, vectors, config.seed).to(DTYPES[settings.dtype])
     optimizer = torch.optim.AdamW(parameter_groups(model, settings))
-    rows = _rows(collator, typical, max(1, settings.batch_tokens // (head + block * typical)), settings.text_every)
+    rows = _rows(collator, typical, max(1, settings.batch_tokens // (block * typical)), settings.text_every)
     batch = collator(rows)
     negatives = None
     if log.num_items > settings.full_softmax_limit:
@@ -65,7 +65,7 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
     memory = anonymous_memory() - before
     with torch.inference_mode():
         reading = seconds_per_call(lambda: model.preferences(batch)) / batch.input_ids.numel()
-        speaking = _seconds_per_text(model.lm, prompts, head + block * typical, token_dim, config)
+        speaking = _seconds_per_text(model.lm, prompts, len(prompts.head) + block * typical, token_dim, config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     spoken = histories * speaking if settings.generate_texts else 0.0

@@ -17,9 +17,11 @@ from jaxtyping import Int32, Int64
 from numpy import ndarray
 
 from ctd_scale.batches import Catalogue
+from ctd_scale.config import ConfigError
 
 INSTRUCTION = "Here is what a user chose, oldest first. Say what the user wants next.\n"
 SYSTEM = "You recommend."
+MAX_CATEGORY_TOKENS = 64
 _MARK = "\u241e"  # stands for the history while the chat template is rendered
 
 
@@ -66,6 +68,17 @@ def answer_text(title: str, category: str) -> str:
     if category and category != title:
         return f"The user might like {category} products, such as {title}"
     return f"The user might like products such as {title}"
+
+
+def make_category_answers(
+    text_tokenizer: Any, catalogue: Catalogue
+) -> tuple[Int32[ndarray, "ids"], Int64[ndarray, "offsets"]]:
+    """One answer per category of the catalogue, which names no item. Raises ConfigError where there is no category."""
+    categories = sorted({category for category in catalogue.categories if category})
+    if not categories:
+        raise ConfigError("llm.text_choices='category' but no item has a category; use 'preferred'")
+    texts = [f"The user might like {category} products" for category in categories]
+    return _tokenize(text_tokenizer, texts, MAX_CATEGORY_TOKENS, end=int(text_tokenizer.eos_token_id))
 
 
 def _render_frame(text_tokenizer: Any) -> tuple[Int32[ndarray, "head"], Int32[ndarray, "tail"]]:

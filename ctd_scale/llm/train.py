@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ctd_scale import training
 from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.batches import InteractionLog, NodeArrays
 from ctd_scale.config import LLMConfig, RunConfig
+from ctd_scale.llm import zero
 from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_causal_lm, load_text_tokenizer
 from ctd_scale.llm.collator import Collator, LLMBatch, Row
 from ctd_scale.llm.model import PreferenceLM, build_preference_lm
@@ -25,6 +27,7 @@ from ctd_scale.llm.weights import BACKBONE, export_model
 from ctd_scale.llm.windows import Windows, plan_batches, training_windows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+FACTS = "facts.json"
 
 
 def train_llm(run: Run, config: RunConfig, config_hash: str) -> None:
@@ -38,6 +41,8 @@ def train_llm(run: Run, config: RunConfig, config_hash: str) -> None:
         raise ArtifactError(
             f"tokens has token_dim={token_dim} but the LLM's hidden_size={expected}; rerun train_tokenizer"
         )
+    shown = json.dumps(zero.deepspeed_config(config.llm))
+    training.console.print(f"  DeepSpeed: {shown}", highlight=False, soft_wrap=True, style="dim")
     export = training.run_training(
         train_loop,
         {
@@ -61,58 +66,63 @@ def train_llm(run: Run, config: RunConfig, config_hash: str) -> None:
         "max_history": config.llm.max_history,
         "max_title_tokens": config.llm.max_title_tokens,
         "use_user_tokens": config.llm.use_user_tokens,
+        **json.loads((export / FACTS).read_text()),
     }
+    (export / FACTS).unlink()
     with run.publish("models/llm", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         shutil.copytree(export, folder, dirs_exist_ok=True)
 
 
-def deepspeed_config(config: LLMConfig) -> dict[str, Any]:
-    """Our settings in DeepSpeed's words."""
-    return {
-        # One call of the engine is one global optimizer step; the batch is counted in tokens, not in rows.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.gradient_clip,
-        "zero_optimization": {"stage": config.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
+@dataclass(frozen=True)
+class Epoch:
+    """Windows, the tokens of each, and which of them go into which optimizer step."""
+
+    windows: Windows
+    sizes: np.ndarray
+    batches: list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class Plan:
     """Every batch of the whole training, known before it begins: the schedule needs the true number of steps."""
 
-    epochs: list[tuple[Windows, list[np.ndarray]]]
+    epochs: list[Epoch]
 
     @property
     def total_steps(self) -> int:
-        return sum(len(batches) for _, batches in self.epochs)
+        return sum(len(epoch.batches) for epoch in self.epochs)
 
     def step(self, step: int) -> tuple[Windows, np.ndarray]:
         """Windows of the epoch and the numbers of those in optimizer step `step` (0-based over all epochs)."""
-        for windows, batches in self.epochs:
-            if step < len(batches):
-                return windows, batches[step]
-            step -= len(batches)
+        for epoch in self.epochs:
+            if step < len(epoch.batches):
+                return epoch.windows, epoch.batches[step]
+            step -= len(epoch.batches)
         raise IndexError(f"step {step} is past the end of the plan")
 
+    def facts(self, parts: int) -> dict[str, float]:
+        """Preferences that are supervised, tokens that are read for them, and the share of padding beside these,
+        where each step is read in so many parts."""
+        tokens, places = 0, 0
+        for epoch in self.epochs:
+            for batch in epoch.batches:
+                for sizes in (epoch.sizes[batch[part::parts]] for part in range(min(parts, len(batch)))):
+                    tokens, places = tokens + int(sizes.sum()), places + len(sizes) * int(sizes.max())
+        supervised = sum(int((epoch.windows.lengths - epoch.windows.firsts).sum()) for epoch in self.epochs)
+        return {"supervised": supervised, "tokens": tokens, "padding_share": round(1 - tokens / places, 4)}
 
-def make_plan(log: InteractionLog, collator: Collator, config: LLMConfig, seed: int, workers: int) -> Plan:
-    """Windows and length-bucketed batches of every epoch, a function of (seed, workers) alone."""
+
+def make_plan(log: InteractionLog, collator: Collator, config: LLMConfig, seed: int) -> Plan:
+    """Windows and length-bucketed batches of every epoch, a function of the seed alone: a run may go on with another
+    number of workers. Raises ValueError where no user has two training interactions."""
     epochs = []
-    for epoch in range(config.epochs):
-        windows = training_windows(log.train_lengths(), config, seed, epoch)
-        if len(windows) < workers:
-            raise ValueError(
-                f"{len(windows)} users have two training interactions or more, but resources.llm.num_workers={workers} "
-                "need one each; give more data or use fewer workers"
-            )
+    for number in range(config.epochs):
+        windows = training_windows(log.train_lengths(), config, seed, number)
+        if not len(windows):
+            raise ValueError("no user has two training interactions or more, so there is nothing to predict")
         sizes = collator.sizes([window_row(log, windows, index) for index in range(len(windows))])
-        random = np.random.default_rng((seed, 11, epoch))
-        epochs.append((windows, plan_batches(sizes, config.batch_tokens, workers, random)))
+        random = np.random.default_rng((seed, 11, number))
+        epochs.append(Epoch(windows, sizes, plan_batches(sizes, config.batch_tokens, random)))
     return Plan(epochs)
 
 
@@ -155,60 +165,69 @@ def train_loop(arguments: dict[str, Any]) -> None:
     text_tokenizer = load_text_tokenizer(backbone)
     prompts = make_prompts(text_tokenizer, log.catalogue, config.max_title_tokens)
     collator = Collator(prompts, tokens.items, tokens.users if config.use_user_tokens else None)
-    plan = make_plan(log, collator, config, seed, workers)
+    plan = make_plan(log, collator, config, seed)
 
     item_embeddings = NodeArrays.load(Path(arguments["embeddings"])).items
     model = new_model(config, backbone, item_embeddings, seed)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
     factor = warmup_then_linear(config, plan.total_steps)
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
-        config=deepspeed_config(config),
-    )
     step = 0
-    with training.latest_checkpoint(arguments) as folder:
-        if folder is not None:
-            # Not strict: the frozen word embeddings are left out of checkpoints, the backbone brings them.
-            _, client = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
-            step = int(client["step"])
+    with training.latest_checkpoint(arguments) as folder, zero.opened(folder) as saved:
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
+            config=zero.deepspeed_config(config, universal=saved is not None and saved.universal),
+        )
+        if saved is not None:
+            zero.load(engine, saved)
+            step = saved.step
+    engine.train()
 
     def write(folder: Path) -> None:
-        engine.save_checkpoint(str(folder), tag="state", client_state={"step": step}, exclude_frozen_parameters=True)
+        zero.save(engine, folder, step)
 
+    parts = workers * config.accumulation_steps
     steplog = training.StepLog(arguments["logs"], plan.total_steps)
     while step < plan.total_steps:
         windows, numbers = plan.step(step)
         rows = [window_row(log, windows, index) for index in numbers]
-        mine, length = rows[rank::workers], int(collator.sizes(rows).max())
-        random = np.random.default_rng((seed, 12, step))
-        draw = seed * 1_000_003 + step * workers + rank
-        batch = drop_tokens(collator(mine, length), config.token_dropout, collator.num_ways, draw)
+        kept = kept_tokens(rows, collator, config.token_dropout, np.random.default_rng((seed, 14, step)))
         negatives = None
         if len(log.catalogue) > config.full_softmax_limit:
+            random = np.random.default_rng((seed, 12, step))
             negatives = torch.from_numpy(random.integers(0, len(log.catalogue), config.sampled_negatives)).to(device)
-        preference_sum, text_sum = engine(batch.to(device), negatives)
-        # Means over the *global* batch: ZeRO averages the workers' gradients, so each gives its sum times workers.
         supervised = sum(len(row.targets) for row in rows)
         spoken = sum(len(prompts.answer(row.answer_item)) for row in rows if row.answer_item >= 0)
-        preference_loss = preference_sum * (workers / supervised)
-        text_loss = text_sum * (workers / max(1, spoken))
-        engine.backward(preference_loss + config.text_weight * text_loss)
-        engine.step()
+        # Some backbones have dropout: drawn anew in every step, and the same where it is made again.
+        torch.manual_seed((seed * 1_000_003 + step) * workers + rank)
+        losses, counts = torch.zeros(2, device=device), [0, 0]
+        for part in range(config.accumulation_steps):
+            mine = list(range(part * workers + rank, len(rows), parts))
+            # Where a step has fewer rows than parts, an idle one reads along and counts nothing.
+            counted = float(len(mine) > 0)
+            mine = mine or [0]
+            batch = collator([rows[index] for index in mine])
+            batch = drop_tokens(batch, np.concatenate([kept[index] for index in mine]), collator.num_ways)
+            sums = engine(batch.to(device), negatives)
+            # Means over the *global* batch: ZeRO averages over workers and parts, so each gives its sum times both.
+            preference_loss, text_loss = sums[0] / supervised, sums[1] / max(1, spoken)
+            engine.backward(counted * parts * (preference_loss + config.text_weight * text_loss))
+            engine.step()
+            losses += counted * torch.stack(sums).detach()
+            counts = [counts[0] + len(batch.targets), counts[1] + len(batch.answer_ids)]
         step += 1
         curves = {
-            "preference_loss": preference_sum.detach() / max(1, len(batch.targets)),
-            "text_loss": text_sum.detach() / max(1, len(batch.answer_ids)),
+            "preference_loss": losses[0] / max(1, counts[0]),
+            "text_loss": losses[1] / max(1, counts[1]),
             "temperature": engine.module.head.temperature.detach(),
-            "padding_share": 1.0 - float(collator.sizes(rows).sum()) / (length * len(rows)),
         }
         steplog.step(step, curves)
         if step % config.checkpoint_every_steps == 0 and step < plan.total_steps:
             training.report_checkpoint({"step": step}, write, every_rank=True)
 
-    state = consolidate(engine.module)
+    state = zero.consolidate(engine.module)
 
     def write_final(folder: Path) -> None:
         write(folder)
@@ -216,6 +235,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             target = folder / training.EXPORT
             export_model(target, new_model(config, backbone, item_embeddings, seed), state, DTYPES[config.dtype])
             text_tokenizer.save_pretrained(target / BACKBONE)
+            (target / FACTS).write_text(json.dumps(plan.facts(parts)))
 
     training.report_checkpoint({"step": step}, write_final, every_rank=True)
     steplog.close()
@@ -225,6 +245,8 @@ def new_model(config: LLMConfig, backbone: Path, item_embeddings: np.ndarray, se
     """The model before training; the same on every worker and on every start."""
     training.seed_all(seed)
     lm = load_causal_lm(backbone, config.num_hidden_layers)
+    if config.gradient_checkpointing:
+        lm.activation_checkpointing_enable({"use_reentrant": False})
     if config.trainable == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -258,24 +280,13 @@ def parameter_groups(model: PreferenceLM, config: LLMConfig) -> list[dict[str, A
     ]
 
 
-def drop_tokens(batch: LLMBatch, share: float, num_ways: int, seed: int) -> LLMBatch:
-    """Zero the continuous tokens of a share of the items, so that the titles are read too (training only)."""
-    if share == 0.0:
+def kept_tokens(rows: Sequence[Row], collator: Collator, share: float, random: np.random.Generator) -> list[np.ndarray]:
+    """Which blocks of continuous tokens each row keeps; drawn for the whole global batch, whoever reads the row."""
+    return [random.random(collator.num_blocks(row)) >= share for row in rows]
+
+
+def drop_tokens(batch: LLMBatch, kept: np.ndarray, num_ways: int) -> LLMBatch:
+    """Zero the continuous tokens of the blocks that are not kept, so that the titles are read too."""
+    if kept.all():
         return batch
-    generator = torch.Generator().manual_seed(seed)
-    blocks = len(batch.token_values) // num_ways
-    keep = (torch.rand(blocks, generator=generator) >= share).repeat_interleave(num_ways)
-    values = batch.token_values * keep[:, None]
-    return LLMBatch(**{**batch.__dict__, "token_values": values})
-
-
-def consolidate(model: PreferenceLM) -> dict[str, torch.Tensor]:
-    """fp32 master weights of everything trained, whole, on every rank (also under ZeRO 3)."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    state = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            full = safe_get_full_fp32_param(parameter)
-            state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
-    return state
+    return replace(batch, token_values=batch.token_values * torch.from_numpy(kept).repeat_interleave(num_ways)[:, None])

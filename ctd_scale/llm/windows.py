@@ -101,21 +101,17 @@ def export_windows(train_lengths: Int64[ndarray, "users"], config: LLMConfig) ->
 
 
 def plan_batches(
-    sizes: Int64[ndarray, "windows"], batch_tokens: int, workers: int, random: np.random.Generator
+    sizes: Int64[ndarray, "windows"], batch_tokens: int, random: np.random.Generator
 ) -> list[Int64[ndarray, "picked"]]:
-    """Length-bucketed batches of window numbers: at most `batch_tokens` padded tokens, at least one window a worker.
+    """Length-bucketed batches of window numbers: at most `batch_tokens` padded tokens, or a single longer window.
 
     Windows of like size share a batch (padding stays small); the order of batches is shuffled.
     """
     order = np.lexsort((random.random(len(sizes)), sizes))
     batches: list[list[int]] = [[]]
     for index in order.tolist():
-        current = batches[-1]
-        full = (len(current) + 1) * int(sizes[index]) > batch_tokens  # ascending: the newest is the longest
-        if full and len(current) >= workers:
-            batches.append(current := [])
-        current.append(index)
-    if len(batches) > 1 and len(batches[-1]) < workers:
-        leftover = batches.pop()
-        batches[-1].extend(leftover)
+        # Ascending: the newest is the longest.
+        if batches[-1] and (len(batches[-1]) + 1) * int(sizes[index]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
     return [np.array(batches[index], np.int64) for index in random.permutation(len(batches))]

@@ -22,7 +22,7 @@ from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.train import train_graph
 from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.prompts import make_prompts
-from ctd_scale.llm.train import Plan, make_plan, warmup_then_linear
+from ctd_scale.llm.train import Epoch, Plan, make_plan, warmup_then_linear
 from ctd_scale.llm.windows import export_windows, training_windows
 from ctd_scale.retrieval.dense import ExactIndex, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever, hybrid_scores
@@ -255,7 +255,7 @@ def test_fault_8_the_schedule_knows_the_true_number_of_steps(tiny_chain: Any, te
     log = tiny_chain.log
     collator = Collator(make_prompts(text_tokenizer, log.catalogue, 4), tiny_chain.tokens.items)
     config = LLMConfig(epochs=30, max_history=5, batch_tokens=400)
-    made = make_plan(log, collator, config, seed=0, workers=2)
+    made = make_plan(log, collator, config, seed=0)
     schedule = warmup_then_linear(config, made.total_steps)
     done = 0
     for epoch in range(30):
@@ -269,7 +269,7 @@ def test_fault_8_the_schedule_knows_the_true_number_of_steps(tiny_chain: Any, te
     assert schedule(done - 1) == pytest.approx(0.05, rel=0.05)
     windows = training_windows(np.array([5, 6, 7]), LLMConfig(), 0, 0)
     batches = [np.array([0]), np.array([1, 2])]
-    plan = Plan([(windows, batches), (windows, batches[:1])])
+    plan = Plan([Epoch(windows, windows.lengths, some) for some in (batches, batches[:1])])
     assert plan.total_steps == 3
     with pytest.raises(IndexError):
         plan.step(3)

@@ -11,7 +11,7 @@ import torch
 from ctd_scale.batches import Catalogue
 from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.prompts import INSTRUCTION, SYSTEM, answer_text, make_prompts
-from ctd_scale.llm.train import drop_tokens
+from ctd_scale.llm.train import drop_tokens, kept_tokens
 
 WAYS, DIM = 2, 3
 TITLES = ["First", "", "A much longer title that is cut somewhere", "Third"]
@@ -45,7 +45,7 @@ def naive(collator: Collator, rows: list[Row], length: int) -> dict[str, Any]:
         name: [] for name in ("ids", "positions", "values", "wanted", "targets", "answer_at", "answers")
     }
     for index, each in enumerate(rows):
-        ids: list[int] = prompts.head.tolist()
+        ids: list[int] = []
 
         def splice(vectors: np.ndarray, ids: list[int] = ids, index: int = index) -> None:
             for vector in vectors:
@@ -80,6 +80,7 @@ def test_a_batch_is_what_one_token_at_a_time_gives(collator: Collator, rows: lis
     expected = naive(collator, rows, length)
     assert [len(ids) for ids in expected["ids"]] == sizes.tolist()
     padded = [ids + [collator.prompts.pad_id] * (length - len(ids)) for ids in expected["ids"]]
+    assert batch.head_ids.tolist() == collator.prompts.head.tolist()
     assert batch.input_ids.tolist() == padded
     assert batch.token_positions.tolist() == expected["positions"]
     assert torch.equal(batch.token_values, torch.tensor(expected["values"]))
@@ -174,18 +175,31 @@ def test_a_text_tokenizer_that_cannot_split_special_tokens_loses_them(text_token
 def test_dropped_items_lose_all_their_ways(collator: Collator) -> None:
     many = ROWS * 50
     batch = collator(many)
-    assert drop_tokens(batch, 0.0, WAYS, 0) is batch
-    before = batch.token_values.clone()
-    dropped = drop_tokens(batch, 0.3, WAYS, seed=1)
+
+    def kept(share: float, seed: int) -> list[np.ndarray]:
+        return kept_tokens(many, collator, share, np.random.default_rng(seed))
+
+    assert drop_tokens(batch, np.concatenate(kept(0.0, 0)), WAYS) is batch
+    before, keep = batch.token_values.clone(), np.concatenate(kept(0.3, 1))
+    dropped = drop_tokens(batch, keep, WAYS)
     assert torch.equal(batch.token_values, before), "the batch itself stays"
     gone = (dropped.token_values == 0).all(dim=1).reshape(-1, WAYS)
     assert torch.equal(gone[:, 0], gone[:, 1])
     share, blocks = gone[:, 0].float().mean().item(), len(gone)
     assert share == pytest.approx(0.3, abs=4.5 * (0.3 * 0.7 / blocks) ** 0.5)
-    kept = ~gone.flatten()
-    assert torch.equal(dropped.token_values[kept], before[kept])
+    remaining = ~gone.flatten()
+    assert torch.equal(dropped.token_values[remaining], before[remaining])
     assert torch.equal(dropped.input_ids, batch.input_ids)
-    again = drop_tokens(batch, 0.3, WAYS, seed=1).token_values
-    other = drop_tokens(batch, 0.3, WAYS, seed=2).token_values
-    assert torch.equal(again, dropped.token_values)
-    assert not torch.equal(other, dropped.token_values)
+    assert np.array_equal(np.concatenate(kept(0.3, 1)), keep)
+    assert not np.array_equal(np.concatenate(kept(0.3, 2)), keep)
+
+
+def test_a_row_loses_the_same_tokens_whoever_reads_it(collator: Collator) -> None:
+    many = ROWS * 5
+    kept = kept_tokens(many, collator, 0.5, np.random.default_rng(0))
+    whole = drop_tokens(collator(many), np.concatenate(kept), WAYS).token_values
+    parts = []
+    for start in range(0, len(many), 4):
+        part = slice(start, start + 4)
+        parts.append(drop_tokens(collator(many[part]), np.concatenate(kept[part]), WAYS).token_values)
+    assert torch.equal(torch.cat(parts), whole)

@@ -89,28 +89,19 @@ def test_a_share_of_the_windows_carries_an_answer() -> None:
 # -- batches -------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 120), st.integers(1, 4), st.integers(0, 9))
-def test_batches_hold_every_window_once_within_the_token_bound(
-    sizes: list[int], batch_tokens: int, workers: int, seed: int
-) -> None:
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 120), st.integers(0, 9))
+def test_batches_hold_every_window_once_within_the_token_bound(sizes: list[int], batch_tokens: int, seed: int) -> None:
     array = np.array(sizes)
-    batches = plan_batches(array, batch_tokens, workers, np.random.default_rng(seed))
+    batches = plan_batches(array, batch_tokens, np.random.default_rng(seed))
     assert sorted(index for batch in batches for index in batch.tolist()) == list(range(len(sizes)))
     for batch in batches:
-        if len(sizes) >= workers:
-            assert len(batch) >= workers
-        # The bound gives way to one window a worker, and to a remainder of the epoch too small to be shared.
-        ascending = np.sort(array[batch])
-        cores = [ascending[: len(batch) - rest] for rest in range(min(workers, len(batch)))]
-        assert any(len(core) <= workers or len(core) * core[-1] <= batch_tokens for core in cores)
-        if workers == 1:
-            assert len(batch) == 1 or len(batch) * ascending[-1] <= batch_tokens
+        assert len(batch) == 1 or len(batch) * array[batch].max() <= batch_tokens
 
 
 def test_windows_of_like_size_share_a_batch() -> None:
     random = np.random.default_rng(0)
     sizes = random.integers(10, 400, 500)
-    batches = plan_batches(sizes, 4000, 2, random)
+    batches = plan_batches(sizes, 4000, random)
     padded = sum(len(batch) * int(sizes[batch].max()) for batch in batches)
     assert padded < 1.1 * sizes.sum()
     longest = [int(sizes[batch].max()) for batch in batches]
@@ -125,12 +116,12 @@ def collator(tiny_chain: Any, text_tokenizer: Any) -> Collator:
     return Collator(make_prompts(text_tokenizer, tiny_chain.log.catalogue, 6), tiny_chain.tokens.items)
 
 
-@pytest.mark.parametrize(("epochs", "workers", "batch_tokens"), [(1, 1, 300), (3, 2, 500), (2, 3, 10_000)])
+@pytest.mark.parametrize(("epochs", "batch_tokens"), [(1, 300), (3, 500), (2, 10_000)])
 def test_the_plan_says_how_many_steps_there_are(
-    tiny_chain: Any, collator: Collator, epochs: int, workers: int, batch_tokens: int
+    tiny_chain: Any, collator: Collator, epochs: int, batch_tokens: int
 ) -> None:
     config = LLMConfig(max_history=5, epochs=epochs, batch_tokens=batch_tokens)
-    plan = make_plan(tiny_chain.log, collator, config, seed=0, workers=workers)
+    plan = make_plan(tiny_chain.log, collator, config, seed=0)
     steps = []
     for step in itertools.count():
         try:
@@ -148,6 +139,20 @@ def test_the_plan_says_how_many_steps_there_are(
     sequences = [log.train_sequence(user).tolist() for user in range(log.num_users)]
     expected = [(user, *pair) for user, sequence in enumerate(sequences) for pair in itertools.pairwise(sequence)]
     assert sorted(read) == sorted(expected * epochs)
+    for parts in (1, 2, 5):
+        facts = plan.facts(parts)
+        batches = [
+            collator([window_row(log, windows, int(number)) for number in numbers[part::parts]])
+            for windows, numbers in steps
+            for part in range(parts)
+            if len(numbers[part::parts])
+        ]
+        assert facts["supervised"] == len(read) == sum(len(batch.targets) for batch in batches)
+        padding = sum(int((batch.input_ids == collator.prompts.pad_id).sum()) for batch in batches)
+        padding -= sum(len(batch.token_positions) for batch in batches)  # places kept for continuous tokens
+        places = sum(batch.input_ids.numel() for batch in batches)
+        assert facts["tokens"] == places - padding
+        assert facts["padding_share"] == pytest.approx(padding / places, abs=1e-4)
 
 
 def test_window_rows_ask_only_for_their_own_prefixes(tiny_chain: Any) -> None:

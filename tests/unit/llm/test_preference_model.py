@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from ctd_scale.config import ConfigError, LLMConfig
 from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_causal_lm
 from ctd_scale.llm.choices import AnswerChoices
-from ctd_scale.llm.collator import Collator, Row
+from ctd_scale.llm.collator import Row
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
 from ctd_scale.llm.model import PreferenceLM, TokenAdapter, build_preference_lm, word_scale
-from ctd_scale.llm.prompts import Prompts
+from ctd_scale.llm.prompts import make_category_answers
 from ctd_scale.llm.train import initial_vectors, new_model, parameter_groups
 from ctd_scale.llm.weights import BACKBONE, export_model, load_model, load_vectors, temperature
 
@@ -89,7 +89,7 @@ def test_title_and_tokens_of_an_item_are_both_read(served: PreferenceModel, tiny
         batch.token_values[0] += 1
         by_tokens = served.model.preferences(batch)
         batch = served.collator([prefix_row(HISTORY)])
-        batch.input_ids[0, len(served.collator.prompts.head)] += 1
+        batch.input_ids[0, 0] += 1
         by_title = served.model.preferences(batch)
     assert (by_tokens - before).abs().max() > 1e-3
     assert (by_title - before).abs().max() > 1e-3
@@ -103,7 +103,7 @@ def test_an_empty_history_is_refused(served: PreferenceModel) -> None:
 # -- texts ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text_choices", ["preferred", "catalogue", "free"])
+@pytest.mark.parametrize("text_choices", ["preferred", "catalogue", "category", "free"])
 def test_a_text_is_decoded_greedily_alone_and_in_a_batch(
     tiny_chain: Any, text_tokenizer: Any, text_choices: str
 ) -> None:
@@ -118,11 +118,16 @@ def test_a_text_is_decoded_greedily_alone_and_in_a_batch(
     directions = torch.nn.functional.normalize(served.model.head.vectors.detach(), dim=1).numpy()
     for history, text in zip(histories, texts, strict=True):
         answers = every_answer
+        if text_choices == "category":
+            (categories, _) = make_category_answers(text_tokenizer, tiny_chain.log.catalogue)
+            answers = [categories.tolist()]
         if text_choices == "preferred":
             ranked = np.argsort(-(directions @ served([history])[0]))
             answers = [every_answer[item] for item in ranked[~np.isin(ranked, history)][:4]]
         with torch.no_grad():  # one token at a time, no cache, no padding
             embedded = served.model.embed(served.collator([prefix_row(history)]))
+            head = lm.get_input_embeddings()(torch.tensor(prompts.head, dtype=torch.long))[None]
+            embedded = torch.cat([head, embedded], dim=1)
             tail = lm.get_input_embeddings()(torch.tensor(prompts.tail, dtype=torch.long))[None]
             embedded = torch.cat([embedded, tail], dim=1)
             ids: list[int] = []
@@ -142,9 +147,10 @@ def test_a_text_is_decoded_greedily_alone_and_in_a_batch(
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), min_size=1, max_size=12))
 def test_choices_are_those_of_a_set_of_answers(answers: list[list[int]]) -> None:
     answers = [[*answer, 9] for answer in answers]
-    nothing, offsets = np.zeros(0, np.int32), np.cumsum([0, *map(len, answers)], dtype=np.int64)
-    flat = np.array([word for answer in answers for word in answer], np.int32)
-    choices = AnswerChoices(Prompts(nothing, nothing, nothing, offsets, flat, offsets, pad_id=0, eos_id=9))
+    choices = AnswerChoices(
+        np.array([word for answer in answers for word in answer], np.int32),
+        np.cumsum([0, *map(len, answers)], dtype=np.int64),
+    )
     for answer in answers:
         begun = choices.start()
         for said, word in enumerate(answer):
@@ -156,9 +162,10 @@ def test_choices_are_those_of_a_set_of_answers(answers: list[list[int]]) -> None
 
 def test_choices_among_some_items_are_those_of_their_answers() -> None:
     answers = [[1, 2, 9], [1, 9], [3, 9], [1, 2, 3, 9], [1, 9]]
-    nothing, offsets = np.zeros(0, np.int32), np.cumsum([0, *map(len, answers)], dtype=np.int64)
-    flat = np.array([word for answer in answers for word in answer], np.int32)
-    choices = AnswerChoices(Prompts(nothing, nothing, nothing, offsets, flat, offsets, pad_id=0, eos_id=9))
+    choices = AnswerChoices(
+        np.array([word for answer in answers for word in answer], np.int32),
+        np.cumsum([0, *map(len, answers)], dtype=np.int64),
+    )
     begun = choices.among(np.array([3, 1]))
     assert choices.words(begun).tolist() == [1]
     begun = choices.after(begun, 0)
@@ -197,9 +204,10 @@ def test_the_losses_of_a_batch_by_hand(served: PreferenceModel) -> None:
         vectors = model.preferences(batch)
         targets = torch.tensor([17, 4, 9, 7])
         head = (model.head.vectors, targets, model.head.temperature)
-        logits = model.lm(inputs_embeds=model.embed(batch)).logits[0].log_softmax(dim=-1)
-    assert got.item() == pytest.approx(softmax_loss(vectors, *head).sum().item(), rel=1e-5)
-    expected = sampled_softmax_loss(vectors, *head, torch.tensor([1, 2, 17])).sum().item()
+        whole = torch.cat([model.words(batch.head_ids)[None], model.embed(batch)[:1]], dim=1)
+        logits = model.lm(inputs_embeds=whole).logits[0, len(batch.head_ids) :].log_softmax(dim=-1)
+    assert got.item() == pytest.approx(softmax_loss(vectors, *head).item(), rel=1e-5)
+    expected = sampled_softmax_loss(vectors, *head, torch.tensor([1, 2, 17])).item()
     assert sampled.item() == pytest.approx(expected, rel=1e-5)
     answer = prompts.answer(9)
     end = int(served.collator.sizes(rows)[0])
@@ -294,28 +302,47 @@ def test_a_model_is_published_in_the_dtype_asked_for(tmp_path: Path, backbone: P
 # -- backbones -----------------------------------------------------------------------------------------------
 
 
-def tiny(architecture: str) -> Any:
+# Sizes and what sets each architecture apart: tied or own output embeddings, sliding windows, bounded or scaled logits.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 3.0},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 16},
+    "SmolLM3": {"no_rope_layers": [1, 1, 1, 0]},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {"logit_scale": 0.25},
+}
+
+
+def save_tiny(folder: Path, architecture: str) -> Any:
+    """A random model of four layers, saved as any Hugging Face model is."""
     import transformers
 
     sizes = {
-        "vocab_size": 300,
+        "vocab_size": 320,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "pad_token_id": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
     }
-    extra = {"head_dim": 8, "sliding_window": 16} if architecture == "Gemma2" else {}
-    config = getattr(transformers, f"{architecture}Config")(**sizes, **extra)
-    return getattr(transformers, f"{architecture}ForCausalLM")(config)
-
-
-@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Gemma2"])
-def test_any_causal_lm_will_do_and_may_be_cut(tmp_path: Path, served: PreferenceModel, architecture: str) -> None:
     torch.manual_seed(0)
-    whole = tiny(architecture).eval()
-    whole.save_pretrained(tmp_path)
+    config = getattr(transformers, f"{architecture}Config")(**sizes, **ARCHITECTURES[architecture])
+    name = architecture.removesuffix("Text")
+    whole = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    whole.save_pretrained(folder)
+    return whole
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_causal_lm_will_do_and_may_be_cut(tmp_path: Path, served: PreferenceModel, architecture: str) -> None:
+    whole = save_tiny(tmp_path, architecture)
     assert hidden_size(tmp_path) == 32
     assert backbone_folder(LLMConfig(backbone=str(tmp_path))) == tmp_path
     cut = load_causal_lm(tmp_path, num_hidden_layers=3).eval()
@@ -327,19 +354,63 @@ def test_any_causal_lm_will_do_and_may_be_cut(tmp_path: Path, served: Preference
         load_causal_lm(tmp_path, num_hidden_layers=5)
 
     model = build_preference_lm(cut, torch.randn(20, 8), 0.1, learn_vectors=True).eval()
-    small = Collator(served.collator.prompts, served.collator.item_tokens)
-    batch = small([prefix_row(HISTORY, answer=3), prefix_row(HISTORY[:2])])
-    batch.input_ids.clamp_(max=299)
-    batch.answer_ids.clamp_(max=299)
+    rows = [prefix_row(HISTORY, answer=3), prefix_row(HISTORY[:2])]
+    batch = served.collator(rows)
     preference, text = model(batch)
     (preference + text).backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
     with torch.no_grad():
-        alone = small([prefix_row(HISTORY)])
-        alone.input_ids.clamp_(max=299)
-        assert torch.allclose(model.preferences(alone), model.preferences(batch)[:5], atol=1e-4)
-        assert model.preferences(batch).isfinite().all()
+        alone = model.preferences(served.collator([prefix_row(HISTORY)]))
+        assert torch.allclose(alone, model.preferences(batch)[:5], atol=1e-4)
+        # The model's own forward, with the whole prompt in one row and no cache.
+        head = model.words(batch.head_ids)[None]
+        said = model.lm(inputs_embeds=torch.cat([head, model.embed(batch)[:1]], dim=1), output_hidden_states=True)
+        expected = model.head.project(said.hidden_states[-1][0, len(batch.head_ids) :][batch.preference_positions[:5]])
+        assert torch.allclose(expected, alone, atol=1e-4)
+        words = said.logits[0, len(batch.head_ids) + batch.answer_positions]
+        assert F.cross_entropy(words, batch.answer_ids, reduction="sum").item() == pytest.approx(text.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Gemma3Text", "SmolLM3"])
+def test_reading_the_head_once_gives_the_gradients_of_reading_it_in_every_row(
+    tmp_path: Path, served: PreferenceModel, architecture: str
+) -> None:
+    save_tiny(tmp_path, architecture)
+    config = LLMConfig(num_hidden_layers=3, preference_dim=8, gradient_checkpointing=True)
+    embeddings = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+    batch = served.collator([prefix_row(HISTORY, answer=3), prefix_row(HISTORY[:2]), prefix_row([7])])
+    found = []
+    for checkpointing in (False, True):
+        settings = config.model_copy(update={"gradient_checkpointing": checkpointing})
+        model = new_model(settings, tmp_path, embeddings, seed=0).train()
+        assert model.lm.is_activation_checkpointing == checkpointing
+        preference, text = model(batch)
+        (preference + text).backward()
+        found.append((preference, text, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    (preference, text, gradients), (other_preference, other_text, others) = found
+    assert preference.item() == pytest.approx(other_preference.item(), rel=1e-5)
+    assert text.item() == pytest.approx(other_text.item(), rel=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, others[name], atol=1e-4 * float(others[name].abs().max() + 1)), name
+
+
+def test_a_head_that_was_read_before_serves_any_number_of_batches(served: PreferenceModel) -> None:
+    rows = [prefix_row(HISTORY), prefix_row([5])]
+    first = served.prefix_preferences(rows)
+    assert len(served.prefix_preferences(rows[:1])[0]) == 5
+    for one, other in zip(first, served.prefix_preferences(rows), strict=True):
+        assert np.array_equal(one, other)
+    assert np.allclose(np.concatenate(first), preferences(served, rows), atol=1e-5)
+    assert served._head.get_seq_length() == len(served.collator.prompts.head)
+
+
+def test_texts_of_categories_need_categories(tiny_chain: Any) -> None:
+    catalogue = replace(tiny_chain.log.catalogue, categories=[""] * 20)
+    config = tiny_chain.config.model_copy(update={"text_choices": "category"})
+    served = replace(tiny_chain, config=config, log=replace(tiny_chain.log, catalogue=catalogue)).preference()
+    with pytest.raises(ConfigError, match=r"llm\.text_choices='category' but no item has a category"):
+        served.texts([HISTORY])
 
 
 def test_a_backbone_that_is_not_there_is_refused(tmp_path: Path) -> None:

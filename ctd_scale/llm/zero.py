@@ -1,0 +1,129 @@
+"""ZeRO: DeepSpeed's configuration in its own words, checkpoints that outlive a change of workers, whole weights.
+
+Every rank writes its part of a checkpoint. Read back by another number of workers, it is first rewritten as DeepSpeed's
+universal checkpoint, which holds every parameter whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ctd_scale import training
+from ctd_scale.config import LLMConfig
+
+TAG, PROGRESS = "state", "state.json"
+
+
+def deepspeed_config(config: LLMConfig, *, universal: bool = False) -> dict[str, Any]:
+    """Our settings in DeepSpeed's words; `universal` where it goes on from a universal checkpoint."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        # One call of the engine reads one part of a global step; the batch is counted in tokens, not in rows.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "gradient_clipping": config.gradient_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own Adam for offloaded states would be compiled first; torch's AdamW does as well.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "checkpoint": {"load_universal": universal},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint to go on from: where it lies, after which step, and whether it is a universal one."""
+
+    folder: Path
+    step: int
+    universal: bool
+
+
+@contextmanager
+def opened(folder: Path | None) -> Iterator[Saved | None]:
+    """A checkpoint in the form that this number of workers can load; every rank must call this."""
+    if folder is None:
+        yield None
+        return
+    progress = json.loads((folder / PROGRESS).read_text())
+    if progress["workers"] == training.world_size():
+        yield Saved(folder, progress["step"], universal=False)
+        return
+    # One rank of each machine rewrites it for all that are there.
+    name = hashlib.sha256(f"{folder} {progress['step']}".encode()).hexdigest()[:16]
+    rewritten = Path(tempfile.gettempdir()) / f"ctd-universal-{name}"
+    if training.local_rank() == 0:
+        shutil.rmtree(rewritten, ignore_errors=True)
+        make_universal(folder / TAG, rewritten / TAG)
+    dist.barrier()
+    try:
+        yield Saved(rewritten, progress["step"], universal=True)
+        dist.barrier()
+    finally:
+        if training.local_rank() == 0:
+            shutil.rmtree(rewritten, ignore_errors=True)
+
+
+def make_universal(source: Path, target: Path) -> None:
+    """DeepSpeed's conversion, without what it prints."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    target.mkdir(parents=True)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        main(
+            argparse.Namespace(
+                input_folder=str(source),
+                output_folder=str(target),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                # Ours have no pipeline or tensor parallelism to describe.
+                inject_missing_state=True,
+            )
+        )
+
+
+def save(engine: Any, folder: Path, step: int) -> None:
+    """This rank's part of a checkpoint; every rank must call this. Frozen weights are left out."""
+    engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+    if training.rank() == 0:
+        (folder / PROGRESS).write_text(json.dumps({"step": step, "workers": training.world_size()}))
+
+
+def load(engine: Any, saved: Saved) -> None:
+    """Weights, optimizer and schedule of a checkpoint into an engine that was configured for its kind."""
+    # Not strict: the frozen word embeddings are not in it, the backbone brings them.
+    engine.load_checkpoint(str(saved.folder), tag=TAG, load_module_strict=False)
+
+
+def consolidate(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """fp32 master weights of everything trained, whole, on every rank (also under ZeRO 3)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            full = safe_get_full_fp32_param(parameter)
+            state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
+    return state
