@@ -267,6 +267,14 @@ def file_digest(path: Path) -> str:
         return sha.hexdigest()
 
 
+def put_file(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    """Write a file of any file system so that its name stands for all of it."""
+    folder, _, name = path.rpartition("/")
+    aside = f"{folder}/.{name}"
+    filesystem.pipe_file(aside, data)
+    filesystem.mv(aside, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, never a part."""
     aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")

@@ -76,6 +76,7 @@ STAGES = (
         ("llm",),
         ("interactions", "tokens", "models/llm"),
         ("preferences",),
+        "preferences",
     ),
     Stage(
         "train_diffusion",

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from typing import Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import ray.data
-import torch
 
-from ctd_scale import training
-from ctd_scale.artifacts import Run
+from ctd_scale.artifacts import Run, put_file
 from ctd_scale.batches import InteractionLog
+from ctd_scale.parts import part_name, write_parts
 from ctd_scale.recommender import Recommendation, Recommender, load_artifacts, version_of
 
 # Users per file: little to lose in a kill, little to pay for a file.
@@ -60,26 +55,21 @@ def recommend_all(run: Run, out: str, order: Order) -> int:
     if filesystem.exists(f"{root}/{ORDER}"):
         _require_same(out, asked, json.loads(filesystem.cat_file(f"{root}/{ORDER}")))
     else:
-        put(filesystem, f"{root}/{ORDER}", json.dumps(asked).encode())
+        put_file(filesystem, f"{root}/{ORDER}", json.dumps(asked).encode())
 
-    names = [part_name(part) for part in range(-(-users // PART_USERS))]
-    missing = [part for part, name in enumerate(names) if not filesystem.exists(f"{root}/{name}")]
-    if missing:
-        _make(run, out, order, missing)
-    put(filesystem, f"{root}/{MANIFEST}", json.dumps({**asked, "parts": names}, indent=2).encode())
+    config, count = run.read_config(), -(-users // PART_USERS)
+    write_parts(
+        RecommendPart,
+        {"storage": run.storage, "name": run.name, "order": asdict(order), "part_users": PART_USERS},
+        count,
+        out,
+        stage="recommend_all",
+        logs=run.root / "logs" / "recommend_all",
+        resources=config.resources.llm,
+    )
+    names = [part_name(part) for part in range(count)]
+    put_file(filesystem, f"{root}/{MANIFEST}", json.dumps({**asked, "parts": names}, indent=2).encode())
     return users
-
-
-def part_name(part: int) -> str:
-    return f"part-{part:06}.parquet"
-
-
-def put(filesystem: Any, path: str, data: bytes) -> None:
-    """Write a file so that its name stands for all of it."""
-    folder, _, name = path.rpartition("/")
-    aside = f"{folder}/.{name}"
-    filesystem.pipe_file(aside, data)
-    filesystem.mv(aside, path)
 
 
 def _require_same(out: str, asked: dict[str, Any], found: dict[str, Any]) -> None:
@@ -88,48 +78,17 @@ def _require_same(out: str, asked: dict[str, Any], found: dict[str, Any]) -> Non
         raise ValueError(f"{out} holds other recommendations ({'; '.join(other)}); choose another --out or empty it")
 
 
-def _make(run: Run, out: str, order: Order, parts: list[int]) -> None:
-    config = run.read_config()
-    resources = config.resources.llm
-    training.start_ray()
-    made = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(
-        RecommendPart,
-        fn_constructor_kwargs={
-            "storage": run.storage,
-            "name": run.name,
-            "out": out,
-            "order": asdict(order),
-            "threads": training.threads_per_worker(resources),
-        },
-        concurrency=min(resources.num_workers, len(parts)),
-        num_gpus=1 if resources.use_gpu else 0,
-        batch_size=1,
-    )
-    logs = run.root / "logs" / "recommend_all"
-    with training.shown_progress("recommend_all", logs):
-        for done, _ in enumerate(made.iter_batches(batch_size=1), start=1):
-            training.write_progress(logs, done, len(parts))
-
-
 class RecommendPart:
-    """A Ray Data actor that holds the chain and writes one file after the other."""
+    """The chain in one actor, and the users of one part after the other."""
 
-    def __init__(self, storage: str, name: str, out: str, order: dict[str, Any], threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, storage: str, name: str, order: dict[str, Any], part_users: int) -> None:
         self._recommender, self._order = Recommender(Run(storage, name)), Order(**order)
-        self._filesystem, self._root = fsspec.url_to_fs(out)
+        self._part_users = part_users
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for part in batch["part"].tolist():
-            first = part * PART_USERS
-            table = self.table(range(first, min(first + PART_USERS, self._recommender.log.num_users)))
-            buffer = BytesIO()
-            pq.write_table(table, buffer, write_page_checksum=True)
-            put(self._filesystem, f"{self._root}/{part_name(part)}", buffer.getvalue())
-        return batch
-
-    def table(self, users: range) -> pa.Table:
-        """The rows of these users."""
+    def table(self, part: int) -> pa.Table:
+        """(user_id, item_ids, scores, text) of the part's users, by user index."""
+        first = part * self._part_users
+        users = range(first, min(first + self._part_users, self._recommender.log.num_users))
         log, order = self._recommender.log, self._order
         answers = {user: Recommendation([], [], "") for user in users}
         known = [user for user in users if log.offsets[user + 1] > log.offsets[user]]

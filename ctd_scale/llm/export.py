@@ -11,8 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
-import torch
 
 from ctd_scale import training
 from ctd_scale.artifacts import Run
@@ -22,14 +20,18 @@ from ctd_scale.llm.collator import Row
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.llm.train import window_row
 from ctd_scale.llm.windows import export_windows
+from ctd_scale.parts import read_parts, write_parts
 
 ORDER: tuple[Literal["train"] | Split, ...] = ("train", *SPLITS)
-# Rows of one Ray Data task: enough to bucket by length, few enough to show progress.
-ROWS_PER_TASK = 128
+# Rows of one part: enough to bucket by length, few enough to lose little in a kill.
+LEAST_ROWS, MOST_ROWS, PARTS = 128, 4096, 64
 
 
 def export_preferences(run: Run, config: RunConfig, config_hash: str) -> None:
-    """interactions, tokens, models/llm -> preferences/{train,validation,test}.parquet."""
+    """interactions, tokens, models/llm -> preferences/{train,validation,test}.parquet.
+
+    Goes on where it was interrupted: what is read is kept in parts beside the checkpoints.
+    """
     interactions, tokens, llm = (run.fetch(name) for name in ("interactions", "tokens", "models/llm"))
     run.require_made_from(llm, interactions, tokens)
     log = InteractionLog.load(interactions.path)
@@ -40,10 +42,9 @@ def export_preferences(run: Run, config: RunConfig, config_hash: str) -> None:
         "interactions": str(interactions.path),
         "tokens": str(tokens.path),
         "llm": str(llm.path),
-        "threads": training.threads_per_worker(config.resources.llm),
     }
     with run.publish("preferences", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
-        table = _infer(log, maker, config, run.root / "logs" / "preferences")
+        table = _infer(log, maker, config, run, f"{run.checkpoints}/preferences-{config_hash[:12]}")
         for number, split in enumerate(ORDER):
             rows = table.filter(pc.equal(table["split"], number))
             preferences = Preferences(
@@ -70,41 +71,36 @@ def jobs(log: InteractionLog, split: Split | Literal["train"], config: LLMConfig
     ]
 
 
-def _infer(log: InteractionLog, maker: dict[str, Any], config: RunConfig, logs: Path) -> pa.Table:
+def _infer(log: InteractionLog, maker: dict[str, Any], config: RunConfig, run: Run, folder: str) -> pa.Table:
     """All rows of all splits through one pool of actors, in order."""
-    training.start_ray()
-    resources = config.resources.llm
     count = sum(len(jobs(log, split, config.llm)) for split in ORDER)
-    dataset = ray.data.range(count, override_num_blocks=max(1, -(-count // ROWS_PER_TASK))).map_batches(
+    size = min(max(LEAST_ROWS, -(-count // PARTS)), MOST_ROWS)
+    parts = -(-count // size)
+    write_parts(
         PredictPreferences,
-        fn_constructor_kwargs=maker,
-        concurrency=resources.num_workers,
-        num_gpus=1 if resources.use_gpu else 0,
-        batch_size=ROWS_PER_TASK,
+        {**maker, "part_rows": size},
+        parts,
+        folder,
+        stage="preferences",
+        logs=run.root / "logs" / "preferences",
+        resources=config.resources.llm,
     )
-    tables, done = [], 0
-    with training.shown_progress("preferences", logs):
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            tables.append(table)
-            done += len(table["order"].unique())
-            training.write_progress(logs, done, count)
-    return pa.concat_tables(tables).sort_by([("order", "ascending"), ("place", "ascending")]).combine_chunks()
+    return read_parts(folder, parts).combine_chunks()
 
 
 class PredictPreferences:
-    """A Ray Data actor that holds the model and reads rows by number."""
+    """The model in one actor, and the rows of one part after the other."""
 
-    def __init__(self, config: dict[str, Any], interactions: str, tokens: str, llm: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._config = LLMConfig.model_validate(config)
+    def __init__(self, config: dict[str, Any], interactions: str, tokens: str, llm: str, part_rows: int) -> None:
+        self._config, self._part_rows = LLMConfig.model_validate(config), part_rows
         log = InteractionLog.load(Path(interactions))
         self._model = PreferenceModel(Path(llm), NodeArrays.load(Path(tokens)), log.catalogue, self._config)
         self._rows = [(number, row) for number, split in enumerate(ORDER) for row in jobs(log, split, self._config)]
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        numbers = batch["id"].tolist()
-        splits = [self._rows[number][0] for number in numbers]
-        rows = [self._rows[number][1] for number in numbers]
+    def table(self, part: int) -> pa.Table:
+        """A line for every supervised position of the part's rows."""
+        first = part * self._part_rows
+        splits, rows = map(list, zip(*self._rows[first : first + self._part_rows], strict=True))
         vectors = self._model.prefix_preferences(rows)
         texts = np.full(len(rows), "", dtype=object)
         spoken = [index for index, split in enumerate(splits) if ORDER[split] != "train"]
@@ -115,8 +111,6 @@ class PredictPreferences:
         flat = np.concatenate(vectors)
         return pa.table(
             {
-                "order": np.repeat(numbers, repeats),
-                "place": np.concatenate([np.arange(count) for count in repeats]),
                 "split": np.repeat(splits, repeats),
                 "user_index": np.repeat([row.user for row in rows], repeats).astype(np.int32),
                 "target_index": np.concatenate([row.targets for row in rows]).astype(np.int32),

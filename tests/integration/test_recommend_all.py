@@ -13,7 +13,8 @@ from tiny_run import LOST_USER, make_tiny_run
 
 from ctd_scale import recommend_all as module
 from ctd_scale.artifacts import Run
-from ctd_scale.recommend_all import MANIFEST, Order, RecommendPart, part_name, recommend_all
+from ctd_scale.parts import part_name
+from ctd_scale.recommend_all import MANIFEST, Order, recommend_all
 from ctd_scale.recommender import Recommender
 
 pytestmark = pytest.mark.slow
@@ -46,37 +47,29 @@ def test_every_user_gets_what_recommend_answers(run: Run, ray_session: None, tmp
 def test_a_second_start_makes_what_is_missing(
     run: Run, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, order = tmp_path / "whole", Order(k=3)
+    whole, out, order = tmp_path / "whole", tmp_path / "parts", Order(k=3)
     recommend_all(run, str(whole), order)
     expected = pq.read_table(whole / part_name(0)).to_pylist()
 
     monkeypatch.setattr(module, "PART_USERS", 25)
-    made: list[int] = []
-
-    def make(run: Run, out: str, order: Order, parts: list[int]) -> None:
-        actor = RecommendPart(run.storage, run.name, out, vars(order), 1)
-        for part in parts:
-            actor({"part": np.array([part])})
-            made.append(part)
-            if len(made) == 2:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "_make", make)
-    out = tmp_path / "parts"
-    with pytest.raises(KeyboardInterrupt):
-        recommend_all(run, str(out), order)
-    assert not (out / MANIFEST).exists()
     users = recommend_all(run, str(out), order)
-    assert made == list(range(-(-users // 25)))
     parts = json.loads((out / MANIFEST).read_text())["parts"]
+    assert parts == [part_name(part) for part in range(-(-users // 25))]
     rows = [row for part in parts for row in pq.read_table(out / part).to_pylist()]
     assert [row["item_ids"] for row in rows] == [row["item_ids"] for row in expected]
-    recommend_all(run, str(out), order)
-    assert len(made) == len(parts)
+
+    # As a kill leaves it: no manifest, one part missing, one half-written beside its name.
+    (out / MANIFEST).unlink()
+    (out / parts[1]).rename(out / f".{parts[1]}")
+    kept = {part: (out / part).stat().st_mtime_ns for part in parts if part != parts[1]}
+    assert recommend_all(run, str(out), order) == users
+    assert {part: (out / part).stat().st_mtime_ns for part in kept} == kept
+    assert [row for part in parts for row in pq.read_table(out / part).to_pylist()] == rows
+    assert sorted(path.name for path in out.iterdir()) == sorted([MANIFEST, "order.json", *parts])
 
 
 def test_another_order_or_version_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_make", lambda *_: None)
+    monkeypatch.setattr(module, "write_parts", lambda *_, **__: None)
     recommend_all(run, str(tmp_path), Order(k=3))
     with pytest.raises(ValueError, match=r"holds other recommendations \(k=3, now 4\); choose another --out"):
         recommend_all(run, str(tmp_path), Order(k=4))

@@ -1,0 +1,354 @@
+"""The LLM stage: what it wastes no time on, beside the plain ways of doing the same.
+
+Rivals: one prompt per prefix (the published way) with the same backbone, optimizer and batches; a plain Hugging Face
+training loop over the same rows as text; and, for memory, one ZeRO stage beside the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import report
+from benchmarks.report import Case
+from ctd_scale import training
+from ctd_scale.artifacts import Run
+from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays
+from ctd_scale.config import LLMConfig, load_config
+from ctd_scale.estimates import anonymous_memory
+from ctd_scale.interactions.prepare import prepare_interactions
+from ctd_scale.llm import train
+from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_text_tokenizer
+from ctd_scale.llm.collator import Collator, LLMBatch, Row
+from ctd_scale.llm.model import PreferenceLM
+from ctd_scale.llm.prompts import make_prompts
+from ctd_scale.llm.train import new_model, parameter_groups, window_row
+from ctd_scale.llm.windows import plan_batches, training_windows
+
+WAYS, DIM = 2, 64
+SECONDS = {"small": 8.0, "full": 40.0}
+LAYERS = {"small": 2, "full": 8}
+TITLE_TOKENS = 6
+
+
+class PlainLM(PreferenceLM):
+    """Reads the instruction in every row, as a prompt is written."""
+
+    def hidden(self, batch: LLMBatch, head: Any = None) -> torch.Tensor:
+        rows = self.embed(batch)
+        words = self.words(batch.head_ids).expand(len(rows), -1, -1)
+        read = self.lm.base_model(inputs_embeds=torch.cat([words, rows], dim=1), use_cache=False)
+        states: torch.Tensor = read.last_hidden_state[:, len(batch.head_ids) :]
+        return states.reshape(-1, states.shape[-1])
+
+
+def histories_of(length: int, users: int) -> InteractionLog:
+    """Users with so many training interactions beside their two targets, over titles of real words."""
+    random, items = np.random.default_rng(0), 2000
+    words = ["Red", "River", "Night", "Machine", "Garden", "Empire", "Quiet", "Golden", "Last", "Little", "Burning"]
+    titles = [" ".join(random.choice(words, 4)) for _ in range(items)]
+    names = [str(item) for item in range(items)]
+    return InteractionLog(
+        np.arange(users + 1, dtype=np.int64) * (length + 3),
+        random.integers(0, items, users * (length + 3)).astype(np.int32),
+        [str(user) for user in range(users)],
+        Catalogue(names, titles, [""] * items),
+    )
+
+
+def beauty(data_dir: str) -> InteractionLog:
+    with tempfile.TemporaryDirectory() as root:
+        run = Run(root, "beauty")
+        config = load_config("beauty", [f'interactions.data_dir="{data_dir}"'])
+        prepare_interactions(config.interactions, run, "key")
+        log = InteractionLog.load(run.fetch("interactions").path)
+        return replace(log, offsets=np.array(log.offsets), items=np.array(log.items))
+
+
+class Bench:
+    """A backbone, a log, and the epoch of windows that is trained on it."""
+
+    def __init__(self, log: InteractionLog, layers: int) -> None:
+        self.log = log
+        self.config = LLMConfig(num_hidden_layers=layers, max_title_tokens=TITLE_TOKENS, text_weight=0.0)
+        self.backbone = backbone_folder(self.config)
+        prompts = make_prompts(load_text_tokenizer(self.backbone), log.catalogue, TITLE_TOKENS)
+        random = np.random.default_rng(0)
+        tokens = random.standard_normal((log.num_items, WAYS, hidden_size(self.backbone))).astype(np.float32)
+        self.collator = Collator(prompts, tokens)
+        self.vectors = random.standard_normal((log.num_items, DIM)).astype(np.float32)
+        windows = training_windows(log.train_lengths(), self.config, 0, 0)
+        self.windows = [window_row(log, windows, index) for index in range(len(windows))]
+
+    def model(self, kind: type[PreferenceLM] = PreferenceLM) -> PreferenceLM:
+        made = new_model(self.config, self.backbone, self.vectors, seed=0).to(torch.bfloat16).train()
+        made.__class__ = kind
+        return made
+
+    def batches(self, rows: Sequence[Row], head: bool = False) -> list[list[Row]]:
+        """Length-bucketed batches of the budget; `head` counts the instruction in each row."""
+        sizes = self.collator.sizes(rows) + (len(self.collator.prompts.head) if head else 0)
+        cut = plan_batches(sizes, self.config.batch_tokens, np.random.default_rng(0))
+        return [[rows[index] for index in batch] for batch in cut]
+
+    def prefixes(self) -> list[Row]:
+        """The published way: every prefix is a prompt of its own."""
+        return [
+            Row(row.items[: end + 1], row.targets[end : end + 1])
+            for row in self.windows
+            for end in range(len(row.items))
+        ]
+
+
+def rate(batches: Sequence[Any], step: Callable[[Any], int], seconds: float) -> float:
+    """Units per second of `step` over the batches, in their order, after two to warm up."""
+    for batch in batches[:2]:
+        step(batch)
+    done, started, number = 0, time.perf_counter(), 2
+    while time.perf_counter() - started < seconds:
+        done += step(batches[number % len(batches)])
+        number += 1
+    return done / (time.perf_counter() - started)
+
+
+def trainer(bench: Bench, model: PreferenceLM, count: Callable[[LLMBatch, Sequence[Row]], int]) -> Callable[[Any], int]:
+    """One optimizer step, and what it is counted as."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, bench.config))
+
+    def step(rows: Sequence[Row]) -> int:
+        batch = bench.collator(rows)
+        preference, _ = model(batch)
+        (preference / len(batch.targets)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return count(batch, rows)
+
+    return step
+
+
+def supervised(batch: LLMBatch, rows: Sequence[Row]) -> int:
+    return len(batch.targets)
+
+
+def prefix_cases(name: str, log: InteractionLog, layers: int, seconds: float) -> list[Case]:
+    bench = Bench(log, layers)
+    ours = rate(bench.batches(bench.windows), trainer(bench, bench.model(), supervised), seconds)
+    plain = rate(bench.batches(bench.prefixes(), True), trainer(bench, bench.model(PlainLM), supervised), seconds)
+    repeated = rate(bench.batches(bench.windows, True), trainer(bench, bench.model(PlainLM), supervised), seconds)
+    said = f"supervised preferences, {name}, {layers} layers"
+    padding = 1 - sum(int(bench.collator.sizes(rows).sum()) for rows in bench.batches(bench.windows)) / sum(
+        len(rows) * int(bench.collator.sizes(rows).max()) for rows in bench.batches(bench.windows)
+    )
+    return [
+        Case("prefixes", said, "per s", ours, plain, "one prompt per prefix", ours / plain),
+        Case("prefixes", said, "per s", ours, repeated, "the instruction in every row", ours / repeated),
+        Case("prefixes", f"share of padding, {name}", "", padding),
+    ]
+
+
+def plain_loop_cases(name: str, log: InteractionLog, layers: int, seconds: float) -> list[Case]:
+    """Tokens of the histories per second; the rival reads the same rows as text and predicts every next word."""
+    bench = Bench(log, layers)
+
+    def tokens(batch: LLMBatch, rows: Sequence[Row]) -> int:
+        return int(bench.collator.sizes(rows).sum())
+
+    batches = bench.batches(bench.windows)
+    ours = rate(batches, trainer(bench, bench.model(), tokens), seconds)
+    cases = []
+    for head, said in ((True, "plain HF loop, instruction in every row"), (False, "plain HF loop, no instruction")):
+        lm = bench.model().lm.requires_grad_(True)
+        optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4)
+
+        def step(rows: Sequence[Row], head: bool = head, lm: Any = lm, optimizer: Any = optimizer) -> int:
+            batch = bench.collator(rows)
+            ids, sizes = batch.input_ids, torch.from_numpy(bench.collator.sizes(rows))
+            mask = (torch.arange(ids.shape[1])[None, :] < sizes[:, None]).long()
+            if head:
+                ids = torch.cat([batch.head_ids.expand(len(ids), -1), ids], dim=1)
+                mask = torch.cat([torch.ones(len(ids), len(batch.head_ids), dtype=torch.long), mask], dim=1)
+            lm(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return int(sizes.sum())
+
+        theirs = rate(batches, step, seconds)
+        label = f"history tokens, one process, {name}, {layers} layers"
+        cases.append(Case("tokens", label, "per s", ours, theirs, said, ours / theirs))
+    return cases
+
+
+def timed_loop(arguments: dict[str, Any]) -> None:
+    """The stage's own loop on a Ray Train worker, with a stamp at every step and the most memory it had."""
+    stamps: list[float] = []
+    most, stop = [0.0], threading.Event()
+
+    class Stamps:
+        def __init__(self, logs: str, total_steps: int) -> None:
+            pass
+
+        def step(self, step: int, scalars: Any) -> None:
+            stamps.append(time.perf_counter())
+
+        def close(self) -> None:
+            pass
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            most[0] = max(most[0], anonymous_memory())
+
+    training.StepLog = Stamps  # type: ignore[misc,assignment]
+    threading.Thread(target=watch, daemon=True).start()
+    train.train_loop(arguments)
+    stop.set()
+    facts = {"stamps": stamps, "memory": most[0]}
+    Path(arguments["logs"], f"timed-{training.rank()}.json").write_text(json.dumps(facts))
+
+
+def stage_runs(log: InteractionLog, layers: int, steps: int) -> list[Case]:
+    """The stage itself, through Ray Train and DeepSpeed, on one worker and on two, and every ZeRO stage on two."""
+    bench = Bench(log, layers)
+    rows = bench.batches(bench.windows)
+    total = sum(int(bench.collator.sizes(batch).sum()) for batch in rows) / len(rows)
+    optimizer_rate = rate(
+        rows, trainer(bench, bench.model(), lambda batch, rows: int(bench.collator.sizes(rows).sum())), 15
+    )
+    lm = bench.model().lm.requires_grad_(True)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4)
+
+    def plain(batch_rows: Sequence[Row]) -> int:
+        batch = bench.collator(batch_rows)
+        sizes = torch.from_numpy(bench.collator.sizes(batch_rows))
+        mask = (torch.arange(batch.input_ids.shape[1])[None, :] < sizes[:, None]).long()
+        lm(
+            input_ids=batch.input_ids, attention_mask=mask, labels=batch.input_ids.masked_fill(mask == 0, -100)
+        ).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return int(sizes.sum())
+
+    plain_rate = rate(rows, plain, 15)
+    found: dict[tuple[int, int], tuple[float, float]] = {}
+    for workers, stage in ((1, 2), (2, 0), (2, 1), (2, 2), (2, 3)):
+        with tempfile.TemporaryDirectory() as root:
+            found[workers, stage] = one_run(Path(root), bench, workers, stage, steps, total)
+    said = f"{layers} layers"
+    one, two = found[1, 2][0], found[2, 2][0]
+    cases = [
+        Case(
+            "stage",
+            f"history tokens, Ray Train and ZeRO 2, one worker, {said}",
+            "per s",
+            one,
+            plain_rate,
+            "plain HF loop, no instruction",
+            one / plain_rate,
+        ),
+        Case(
+            "stage",
+            f"history tokens, Ray Train and ZeRO 2, one worker, {said}",
+            "per s",
+            one,
+            optimizer_rate,
+            "our model in a plain loop",
+            one / optimizer_rate,
+        ),
+        Case(
+            "stage",
+            f"history tokens, Ray Train and ZeRO 2, two workers, {said}",
+            "per s",
+            two,
+            one,
+            "one worker with both cores",
+            two / one,
+        ),
+    ]
+    zero = found[2, 0][1]
+    for stage in range(4):
+        memory = found[2, stage][1]
+        cases.append(
+            Case(
+                "memory",
+                f"most of a worker, two workers, ZeRO {stage}, {said}",
+                "MB",
+                memory / 1e6,
+                zero / 1e6,
+                "ZeRO 0",
+                zero / memory,
+            )
+        )
+    return cases
+
+
+def one_run(root: Path, bench: Bench, workers: int, stage: int, steps: int, tokens: float) -> tuple[float, float]:
+    """(history tokens per second, bytes of anonymous memory of the larger worker)"""
+    config = bench.config.model_copy(update={"zero_stage": stage, "epochs": 1})
+    for name, artifact in (
+        ("interactions", bench.log),
+        (
+            "tokens",
+            NodeArrays(
+                np.zeros((1, WAYS, bench.collator.item_tokens.shape[2]), np.float32), bench.collator.item_tokens
+            ),
+        ),
+        ("embeddings", NodeArrays(np.zeros((1, DIM), np.float32), bench.vectors)),
+    ):
+        (root / name).mkdir()
+        artifact.save(root / name)
+    resources = load_config(None, [f"resources.llm.num_workers={workers}"]).resources.llm
+    run = Run(str(root), "bench")
+    training.run_training(
+        timed_loop,
+        {
+            "config": config.model_dump(),
+            "seed": 0,
+            "backbone": str(bench.backbone),
+            **{name: str(root / name) for name in ("interactions", "tokens", "embeddings")},
+        },
+        run=run,
+        stage="llm",
+        key="bench",
+        resources=resources,
+    )
+    facts = [json.loads((run.root / "logs" / "llm" / f"timed-{rank}.json").read_text()) for rank in range(workers)]
+    stamps = facts[0]["stamps"]
+    warm = min(3, len(stamps) // 2)
+    per_second = (len(stamps) - 1 - warm) * tokens / (stamps[-1] - stamps[warm])
+    return per_second, max(each["memory"] for each in facts)
+
+
+def main() -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--data-dir", default=os.environ.get("CTD_DATA_DIR", ""), help="folder of the ready-made sets")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    training.start_ray()
+    layers, seconds = LAYERS[options.size], SECONDS[options.size]
+    twenty = histories_of(20, 600)
+    cases: list[Case] = []
+
+    def add(measured: list[Case]) -> None:
+        report.show(measured)
+        cases.extend(measured)
+        report.write(cases, options.json)
+
+    add(prefix_cases("histories of 20", twenty, layers, seconds))
+    if options.size == "full":
+        add(prefix_cases("beauty", beauty(options.data_dir), layers, seconds))
+    add(plain_loop_cases("histories of 20", twenty, layers, seconds))
+    add(stage_runs(histories_of(20, 600 if options.size == "full" else 200), layers, 0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""ZeRO: every stage trains the same model, on one worker or two, in one part or several, resumed or not."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from safetensors.numpy import load_file
+
+from ctd_scale import training
+from ctd_scale.artifacts import Run
+from ctd_scale.config import LLMConfig, RunConfig, validate_config
+from ctd_scale.llm import train, zero
+from ctd_scale.llm.weights import BACKBONE, HEADS, load_vectors
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+EPOCHS = 3
+
+
+def make_run(folder: Path, name: str, tiny_chain: Any) -> Run:
+    """The inputs of the stage, published as the stages before it would."""
+    run = Run(str(folder), name)
+    log, tokens = tiny_chain.log, tiny_chain.tokens
+    embeddings = type(tokens)(
+        *(np.random.default_rng(1).standard_normal((count, 12)).astype(np.float32) for count in (log.num_users, 20))
+    )
+    with run.publish("interactions", config_hash="", inputs={}) as target:
+        log.save(target)
+    inputs = {"interactions": run.fetch("interactions").digest}
+    with run.publish("embeddings", config_hash="", inputs=inputs) as target:
+        embeddings.save(target)
+    inputs = {"embeddings": run.fetch("embeddings").digest}
+    with run.publish("tokens", config_hash="", inputs=inputs, facts={"token_dim": 32, "num_ways": 2}) as target:
+        tokens.save(target)
+    return run
+
+
+def make_config(backbone: Path, workers: int = 1, **changes: Any) -> RunConfig:
+    llm = {
+        "backbone": str(backbone),
+        "num_hidden_layers": 2,
+        "max_history": 5,
+        "preference_dim": 12,
+        "dtype": "float32",
+        "epochs": EPOCHS,
+        "batch_tokens": 300,
+        "token_dropout": 0.2,
+        "text_every": 2,
+        "learning_rate": 1e-2,
+        "head_learning_rate": 1e-2,
+        **changes,
+    }
+    resources = {"num_workers": workers, "threads_per_worker": 1, "max_failures": 0}
+    return validate_config({"llm": llm, "resources": {"llm": resources}}, source="test")
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """Everything that is published, by name."""
+    return {**load_file(folder / HEADS), **load_file(folder / BACKBONE / "model.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory, tiny_chain: Any, backbone: Path, ray_session: None) -> Run:
+    """One worker, ZeRO 2, uninterrupted, through the stage: what all others must equal."""
+    run = make_run(tmp_path_factory.mktemp("plain"), "plain", tiny_chain)
+    train.train_llm(run, make_config(backbone), "key")
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(plain_run: Run) -> dict[str, np.ndarray]:
+    return weights(plain_run.fetch("models/llm").path)
+
+
+def test_it_learns_and_says_what_it_read(plain_run: Run, plain: Any, tiny_chain: Any) -> None:
+    started = load_file(tiny_chain.folder / BACKBONE / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert np.abs(plain[name] - started[name]).max() > 0.01
+    facts = plain_run.fetch("models/llm").manifest["facts"]
+    assert facts["supervised"] == EPOCHS * int(np.maximum(tiny_chain.log.train_lengths() - 1, 0).sum())
+    assert 0 <= facts["padding_share"] < 0.5
+
+
+# -- variants, many on the same workers, because those take long to start --------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training: what differs in its config, after which step it is killed, and whose checkpoint it goes on from."""
+
+    name: str
+    changes: dict[str, Any]
+    killed_after: int = 0
+    goes_on: str = ""
+
+
+class Killed(Exception):
+    pass
+
+
+def several(arguments: dict[str, Any]) -> None:
+    """The stage's own loop for each variant in turn; `folder`/name/STEP holds its checkpoints."""
+    for variant in arguments["variants"]:
+        folder = Path(arguments["folder"]) / variant.name
+
+        def report(
+            metrics: Any, write: Any, *, every_rank: bool, folder: Path = folder, variant: Variant = variant
+        ) -> None:
+            target = folder / str(metrics["step"])
+            target.mkdir(parents=True, exist_ok=True)
+            write(target)
+            if metrics["step"] == variant.killed_after:
+                raise Killed
+
+        @contextmanager
+        def latest(_: Any, variant: Variant = variant) -> Iterator[Path | None]:
+            yield Path(arguments["folder"]) / variant.goes_on if variant.goes_on else None
+
+        training.report_checkpoint, training.latest_checkpoint = report, latest  # type: ignore[assignment]
+        config = make_config(Path(arguments["backbone"]), **variant.changes).llm.model_dump()
+        with suppress(Killed):
+            train.train_loop({**arguments, "config": config})
+
+    import ray.train
+    import torch.distributed
+
+    torch.distributed.barrier()
+    with tempfile.TemporaryDirectory() as empty:
+        (Path(empty) / training.EXPORT).mkdir()
+        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(empty))
+
+
+STAGES = (1, 2, 3)
+
+
+def at(stage: int) -> dict[str, Any]:
+    return {"zero_stage": stage, "checkpoint_every_steps": 2}
+
+
+ON_TWO = [
+    Variant("two", {}),
+    Variant("two in four parts", {"accumulation_steps": 4}),
+    Variant("two, ZeRO 1", {"zero_stage": 1}),
+    Variant("two, ZeRO 3", {"zero_stage": 3}),
+    Variant("two, optimizer in host memory", {"offload": "optimizer"}),
+    Variant("two, all in host memory", {"zero_stage": 3, "offload": "parameters"}),
+    Variant("two, half precision", {"zero_stage": 3, "dtype": "bfloat16"}),
+    *(Variant(f"two, killed, ZeRO {stage}", at(stage), killed_after=4) for stage in STAGES),
+]
+ON_ONE = [
+    Variant("one in three parts", {"accumulation_steps": 3}),
+    Variant("one, ZeRO 0", {"zero_stage": 0}),
+    Variant("one, activations forgotten", {"gradient_checkpointing": True}),
+    *(Variant(f"two then one, ZeRO {stage}", at(stage), goes_on=f"two, killed, ZeRO {stage}/4") for stage in STAGES),
+    *(Variant(f"one, killed, ZeRO {stage}", at(stage), killed_after=4) for stage in STAGES),
+    Variant("one then one", at(2), goes_on="one, killed, ZeRO 2/4"),
+]
+ON_TWO_AGAIN = [
+    Variant(f"one then two, ZeRO {stage}", at(stage), goes_on=f"one, killed, ZeRO {stage}/4") for stage in STAGES
+]
+FINISHED = [each for each in (*ON_TWO, *ON_ONE, *ON_TWO_AGAIN) if not each.killed_after]
+
+
+@pytest.fixture(scope="module")
+def folder(plain_run: Run, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all variants have exported."""
+    made = tmp_path_factory.mktemp("variants")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
+    inputs = {name: str(plain_run.fetch(name).path) for name in ("interactions", "tokens", "embeddings")}
+    for number, (workers, variants) in enumerate(((2, ON_TWO), (1, ON_ONE), (2, ON_TWO_AGAIN))):
+        training.run_training(
+            several,
+            {"variants": variants, "folder": str(made), "backbone": str(backbone), "seed": 0, **inputs},
+            run=Run(str(made), "run"),
+            stage="variants",
+            key=str(number),
+            resources=make_config(backbone, workers).resources.llm,
+        )
+    return made
+
+
+def exported(folder: Path, name: str) -> Path:
+    last = max((each for each in (folder / name).iterdir()), key=lambda each: int(each.name))
+    return last / training.EXPORT
+
+
+@pytest.mark.parametrize("name", [each.name for each in FINISHED if each.changes.get("dtype") != "bfloat16"])
+def test_however_it_is_trained_it_learns_the_same(folder: Path, plain: Any, name: str) -> None:
+    got = weights(exported(folder, name))
+    assert got.keys() == plain.keys()
+    for parameter, values in plain.items():
+        np.testing.assert_allclose(got[parameter], values, atol=3e-4, err_msg=parameter)
+
+
+def test_what_was_killed_has_gone_on_from_where_it_was(folder: Path) -> None:
+    for each in (*ON_ONE, *ON_TWO_AGAIN):
+        steps = sorted(int(step.name) for step in (folder / each.name).iterdir())
+        if each.killed_after:
+            assert steps == [2, 4]
+        elif each.goes_on:
+            assert steps[0] == 6, "steps before the kill are not made again"
+    assert json.loads((folder / "two, killed, ZeRO 2" / "4" / zero.PROGRESS).read_text()) == {"step": 4, "workers": 2}
+
+
+def near(vectors: np.ndarray, expected: np.ndarray) -> float:
+    cosines = (vectors * expected).sum(axis=1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(expected, axis=1)
+    return float(cosines.min())
+
+
+def test_bfloat16_is_close(folder: Path, plain: Any) -> None:
+    assert near(load_vectors(exported(folder, "two, half precision")), plain["head.vectors"]) > 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zero_stage": 2},
+        {"zero_stage": 2, "offload": "optimizer"},
+        {"zero_stage": 3, "offload": "parameters"},
+        {"zero_stage": 3, "gradient_checkpointing": True, "accumulation_steps": 2},
+    ],
+    ids=lambda value: "-".join(map(str, value.values())),
+)
+def test_on_every_gpu_with_nccl_in_bfloat16(
+    tmp_path: Path, tiny_chain: Any, backbone: Path, plain: Any, changes: dict[str, Any]
+) -> None:
+    import torch
+
+    config = make_config(backbone, torch.cuda.device_count(), dtype="bfloat16", **changes)
+    llm = config.resources.llm.model_copy(update={"use_gpu": True})
+    config = config.model_copy(update={"resources": config.resources.model_copy(update={"llm": llm})})
+    run = make_run(tmp_path, "gpu", tiny_chain)
+    train.train_llm(run, config, "key")
+    assert near(load_vectors(run.fetch("models/llm").path), plain["head.vectors"]) > 0.95
+
+
+def test_the_config_in_deepspeeds_words() -> None:
+    made = zero.deepspeed_config(LLMConfig(zero_stage=3, offload="parameters", accumulation_steps=4))
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert made["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert made["gradient_accumulation_steps"] == 4
+    assert made["bf16"] == {"enabled": True}
+    assert "offload_optimizer" not in zero.deepspeed_config(LLMConfig())["zero_optimization"]
+    with pytest.raises(ValueError, match=r"llm\.offload='parameters' needs llm\.zero_stage=3, got 2"):
+        LLMConfig(offload="parameters")
