@@ -156,36 +156,42 @@ def prefix_cases(name: str, log: InteractionLog, layers: int, seconds: float) ->
     ]
 
 
-def plain_loop_cases(name: str, log: InteractionLog, layers: int, seconds: float) -> list[Case]:
-    """Tokens of the histories per second; the rival reads the same rows as text and predicts every next word."""
-    bench = Bench(log, layers)
+def hf_step(bench: Bench, head: bool) -> Callable[[Any], int]:
+    """A plain Hugging Face loop over the same rows as text: every next word is predicted, every weight trained.
+    `head` puts the instruction into each row. Counts the tokens of the histories, as `trainer` does for ours."""
+    lm = bench.model().lm.requires_grad_(True)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4)
+
+    def step(rows: Sequence[Row]) -> int:
+        batch = bench.collator(rows)
+        ids, sizes = batch.input_ids, torch.from_numpy(bench.collator.sizes(rows))
+        mask = (torch.arange(ids.shape[1])[None, :] < sizes[:, None]).long()
+        if head:
+            ids = torch.cat([batch.head_ids.expand(len(ids), -1), ids], dim=1)
+            mask = torch.cat([torch.ones(len(ids), len(batch.head_ids), dtype=torch.long), mask], dim=1)
+        lm(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return int(sizes.sum())
+
+    return step
+
+
+def loop_cases(bench: Bench, layers: int, seconds: float) -> tuple[list[Case], float, float]:
+    """Our model beside the plain loop, all in this process; also both rates."""
+    batches = bench.batches(bench.windows)
 
     def tokens(batch: LLMBatch, rows: Sequence[Row]) -> int:
         return int(bench.collator.sizes(rows).sum())
 
-    batches = bench.batches(bench.windows)
     ours = rate(batches, trainer(bench, bench.model(), tokens), seconds)
-    cases = []
-    for head, said in ((True, "plain HF loop, instruction in every row"), (False, "plain HF loop, no instruction")):
-        lm = bench.model().lm.requires_grad_(True)
-        optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4)
-
-        def step(rows: Sequence[Row], head: bool = head, lm: Any = lm, optimizer: Any = optimizer) -> int:
-            batch = bench.collator(rows)
-            ids, sizes = batch.input_ids, torch.from_numpy(bench.collator.sizes(rows))
-            mask = (torch.arange(ids.shape[1])[None, :] < sizes[:, None]).long()
-            if head:
-                ids = torch.cat([batch.head_ids.expand(len(ids), -1), ids], dim=1)
-                mask = torch.cat([torch.ones(len(ids), len(batch.head_ids), dtype=torch.long), mask], dim=1)
-            lm(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return int(sizes.sum())
-
-        theirs = rate(batches, step, seconds)
-        label = f"history tokens, one process, {name}, {layers} layers"
-        cases.append(Case("tokens", label, "per s", ours, theirs, said, ours / theirs))
-    return cases
+    with_head, without = (rate(batches, hf_step(bench, head), seconds) for head in (True, False))
+    said = f"history tokens, one process, histories of 20, {layers} layers"
+    cases = [
+        Case("tokens", said, "per s", ours, with_head, "plain HF loop, instruction in every row", ours / with_head),
+        Case("tokens", said, "per s", ours, without, "plain HF loop, no instruction", ours / without),
+    ]
+    return cases, ours, without
 
 
 def timed_loop(arguments: dict[str, Any]) -> None:
@@ -215,82 +221,28 @@ def timed_loop(arguments: dict[str, Any]) -> None:
     Path(arguments["logs"], f"timed-{training.rank()}.json").write_text(json.dumps(facts))
 
 
-def stage_runs(log: InteractionLog, layers: int, steps: int) -> list[Case]:
-    """The stage itself, through Ray Train and DeepSpeed, on one worker and on two, and every ZeRO stage on two."""
-    bench = Bench(log, layers)
-    rows = bench.batches(bench.windows)
-    total = sum(int(bench.collator.sizes(batch).sum()) for batch in rows) / len(rows)
-    optimizer_rate = rate(
-        rows, trainer(bench, bench.model(), lambda batch, rows: int(bench.collator.sizes(rows).sum())), 15
-    )
-    lm = bench.model().lm.requires_grad_(True)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4)
-
-    def plain(batch_rows: Sequence[Row]) -> int:
-        batch = bench.collator(batch_rows)
-        sizes = torch.from_numpy(bench.collator.sizes(batch_rows))
-        mask = (torch.arange(batch.input_ids.shape[1])[None, :] < sizes[:, None]).long()
-        lm(
-            input_ids=batch.input_ids, attention_mask=mask, labels=batch.input_ids.masked_fill(mask == 0, -100)
-        ).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return int(sizes.sum())
-
-    plain_rate = rate(rows, plain, 15)
-    found: dict[tuple[int, int], tuple[float, float]] = {}
-    for workers, stage in ((1, 2), (2, 0), (2, 1), (2, 2), (2, 3)):
+def stage_cases(bench: Bench, layers: int, ours: float, plain: float, stages: Sequence[int]) -> list[Case]:
+    """The stage itself, through Ray Train and DeepSpeed, on one worker and on two, and other ZeRO stages on two."""
+    found = {}
+    for workers, stage in ((1, 2), *((2, stage) for stage in stages)):
         with tempfile.TemporaryDirectory() as root:
-            found[workers, stage] = one_run(Path(root), bench, workers, stage, steps, total)
-    said = f"{layers} layers"
+            found[workers, stage] = one_run(Path(root), bench, workers, stage)
     one, two = found[1, 2][0], found[2, 2][0]
+    said = f"history tokens, Ray Train and ZeRO 2, {layers} layers"
     cases = [
-        Case(
-            "stage",
-            f"history tokens, Ray Train and ZeRO 2, one worker, {said}",
-            "per s",
-            one,
-            plain_rate,
-            "plain HF loop, no instruction",
-            one / plain_rate,
-        ),
-        Case(
-            "stage",
-            f"history tokens, Ray Train and ZeRO 2, one worker, {said}",
-            "per s",
-            one,
-            optimizer_rate,
-            "our model in a plain loop",
-            one / optimizer_rate,
-        ),
-        Case(
-            "stage",
-            f"history tokens, Ray Train and ZeRO 2, two workers, {said}",
-            "per s",
-            two,
-            one,
-            "one worker with both cores",
-            two / one,
-        ),
+        Case("stage", f"{said}, one worker", "per s", one, plain, "plain HF loop, no instruction", one / plain),
+        Case("stage", f"{said}, one worker", "per s", one, ours, "our model in a plain loop", one / ours),
+        Case("stage", f"{said}, two workers", "per s", two, one, "one worker with both cores", two / one),
     ]
-    zero = found[2, 0][1]
-    for stage in range(4):
-        memory = found[2, stage][1]
-        cases.append(
-            Case(
-                "memory",
-                f"most of a worker, two workers, ZeRO {stage}, {said}",
-                "MB",
-                memory / 1e6,
-                zero / 1e6,
-                "ZeRO 0",
-                zero / memory,
-            )
-        )
+    least = stages[0]
+    for stage in stages:
+        memory, other = found[2, stage][1] / 1e6, found[2, least][1] / 1e6
+        label = f"most of a worker, two workers, ZeRO {stage}, {layers} layers"
+        cases.append(Case("memory", label, "MB", memory, other, f"ZeRO {least}", other / memory))
     return cases
 
 
-def one_run(root: Path, bench: Bench, workers: int, stage: int, steps: int, tokens: float) -> tuple[float, float]:
+def one_run(root: Path, bench: Bench, workers: int, stage: int) -> tuple[float, float]:
     """(history tokens per second, bytes of anonymous memory of the larger worker)"""
     config = bench.config.model_copy(update={"zero_stage": stage, "epochs": 1})
     for name, artifact in (
@@ -320,6 +272,8 @@ def one_run(root: Path, bench: Bench, workers: int, stage: int, steps: int, toke
         key="bench",
         resources=resources,
     )
+    batches = bench.batches(bench.windows)
+    tokens = sum(int(bench.collator.sizes(rows).sum()) for rows in batches) / len(batches)
     facts = [json.loads((run.root / "logs" / "llm" / f"timed-{rank}.json").read_text()) for rank in range(workers)]
     stamps = facts[0]["stamps"]
     warm = min(3, len(stamps) // 2)
@@ -335,7 +289,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     training.start_ray()
     layers, seconds = LAYERS[options.size], SECONDS[options.size]
-    twenty = histories_of(20, 600)
+    full = options.size == "full"
+    twenty = histories_of(20, 600 if full else 150)
     cases: list[Case] = []
 
     def add(measured: list[Case]) -> None:
@@ -344,10 +299,12 @@ def main() -> None:
         report.write(cases, options.json)
 
     add(prefix_cases("histories of 20", twenty, layers, seconds))
-    if options.size == "full":
+    if full:
         add(prefix_cases("beauty", beauty(options.data_dir), layers, seconds))
-    add(plain_loop_cases("histories of 20", twenty, layers, seconds))
-    add(stage_runs(histories_of(20, 600 if options.size == "full" else 200), layers, 0))
+    bench = Bench(twenty, layers)
+    measured, ours, plain = loop_cases(bench, layers, seconds)
+    add(measured)
+    add(stage_cases(bench, layers, ours, plain, (0, 1, 2, 3) if full else (2,)))
 
 
 if __name__ == "__main__":
