@@ -12,11 +12,9 @@ import multiprocessing
 import random
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import GraphConfig, StageResources
+from ctd_scale.estimates import peak_memory
 from ctd_scale.graph import kernels
 from ctd_scale.graph.build import build_graph
 from ctd_scale.graph.csr import NO_TIMES, BipartiteGraph
@@ -64,29 +63,6 @@ def synthetic_log(folder: Path, users: int, items: int, interactions: int) -> In
         part[:] = (items * rng.random(len(part)) ** 2).astype(np.int32)
     names = [""] * items
     return InteractionLog(offsets, column, [""] * users, Catalogue(names, names, names))
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """The most anonymous memory (mapped files are the system's cache) in bytes above that at the start, once left."""
-
-    def now() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
-
-    start, most, stop = now(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.01):
-            most[0] = max(most[0], now() - start)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield most
-    finally:
-        stop.set()
-        thread.join()
 
 
 def per_second(work: Callable[[int], int], seconds: float = 3.0) -> float:

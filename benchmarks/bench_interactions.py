@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.bench_graph import SIZES, peak_memory
+from benchmarks.bench_graph import SIZES
 from benchmarks.report import Case, parser, show, write
 from ctd_scale.artifacts import Run
 from ctd_scale.config import InteractionsConfig
+from ctd_scale.estimates import peak_memory
 from ctd_scale.interactions.prepare import prepare_interactions
 from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.training import start_ray

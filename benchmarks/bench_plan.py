@@ -10,18 +10,19 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_graph import SIZES, peak_memory
+from benchmarks.bench_graph import SIZES
 from benchmarks.bench_interactions import write_raw
 from benchmarks.report import Case, parser, show, write
 from ctd_scale.artifacts import Run
 from ctd_scale.config import load_config
+from ctd_scale.estimates import peak_memory
 from ctd_scale.graph import train
 from ctd_scale.interactions.prepare import prepare_interactions
 from ctd_scale.plan import plan_run
 from ctd_scale.training import start_ray
 
 # One epoch of small neighbourhoods, so that the largest log ends within minutes.
-OVERRIDES = ["graph.epochs=1", "graph.fanout=[4, 2]", "graph.batch_size=16384", "graph.checkpoint_every_steps=500"]
+OVERRIDES = ["graph.epochs=1", "graph.fanout=[2, 2]", "graph.batch_size=65536", "graph.checkpoint_every_steps=200"]
 MEMORY = "memory.txt"
 train_loop = train.train_loop
 
@@ -57,6 +58,7 @@ def cases_of(name: str) -> list[Case]:
         started = time.perf_counter()
         (planned,) = plan_run(run, config, "graph")
         planning = time.perf_counter() - started
+        print(planned.reason, flush=True)
         prepare_interactions(config.interactions, run, "key")
         before = sum(file.stat().st_size for file in run.root.rglob("*") if file.is_file())
         train.train_loop = importable.watched_loop

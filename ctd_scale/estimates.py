@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,3 +55,21 @@ def anonymous_memory() -> float:
         return 0.0
     lines = status.read_text().splitlines()
     return 1024 * float(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """The most anonymous memory so far, in bytes above that at the start, as the one element of the list."""
+    start, most, stop = anonymous_memory(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            most[0] = max(most[0], anonymous_memory() - start)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        thread.join()

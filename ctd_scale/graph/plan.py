@@ -15,7 +15,7 @@ from ctd_scale import training
 from ctd_scale.artifacts import Run, file_digest
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import GraphConfig, RunConfig
-from ctd_scale.estimates import Estimate, anonymous_memory
+from ctd_scale.estimates import Estimate, peak_memory
 from ctd_scale.graph.build import NO_CAP, build_graph
 from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.export import propagate
@@ -67,7 +67,7 @@ def plan_graph(log: InteractionLog, config: RunConfig, run: Run) -> Estimate:
     table_bytes = graph.num_nodes * settings.embed_dim * 4
     parts = {
         "build": building + 2 * per_byte * graph_bytes,  # hashed when it is published and when it is fetched
-        "start": facts["started"] - called + facts["prepared"] + ending,
+        "start": facts["started"] - called + max(0.0, facts["prepared"] - facts["warm_up"] * facts["step"]) + ending,
         "steps": steps * facts["step"],
         "checkpoints": checkpoints * facts["checkpoint"],
         "propagation": settings.num_layers * layer + 2 * per_byte * table_bytes,
@@ -77,8 +77,9 @@ def plan_graph(log: InteractionLog, config: RunConfig, run: Run) -> Estimate:
         "train_graph",
         sum(parts.values()),
         facts["memory"] * config.resources.graph.num_workers,
-        # Two checkpoints are kept while it trains; the table and two layers are files while it is propagated.
-        graph_bytes + table_bytes + max(2 * facts["checkpoint_bytes"], 4.0 * table_bytes),
+        # Checkpoints stay until all is published. Meanwhile layer 0 lies there thrice (in the last checkpoint, copied
+        # from it, and gathered), and what is published lies beside the two layers that it is made from.
+        graph_bytes + min(2, checkpoints) * facts["checkpoint_bytes"] + 6.0 * table_bytes,
         f"{graph.num_edges:,} edges, {steps:,} steps of {1000 * facts['step']:.0f} ms; {said}",
     )
 
@@ -89,47 +90,48 @@ def calibration_loop(arguments: dict[str, Any]) -> None:
     config, seed = GraphConfig.model_validate(arguments["config"]), int(arguments["seed"])
     device = training.prepare_worker(arguments, seed)
     graph = BipartiteGraph.load(Path(arguments["graph"]))
-    memory = anonymous_memory()
     rank, world_size = training.rank(), training.world_size()
-    table = EmbeddingTable(
-        graph.num_nodes,
-        config.embed_dim,
-        config.learning_rate,
-        device,
-        seed=seed,
-        dtype=getattr(torch, config.table_dtype),
-        rank=rank,
-        world_size=world_size,
-    )
     stop = min(WARM_UP_STEPS + MEASURED_STEPS, config.epochs * steps_per_epoch(graph.num_edges, config.batch_size))
-    stream = stream_minibatches(
-        config, arguments["graph"], seed=seed, rank=rank, world_size=world_size, start=0, stop=stop
-    )
-    prepared = since = time.time()
-    steps = 0
-    for number, _ in enumerate(train_steps(stream, table, config.l2), start=1):
-        if number <= min(WARM_UP_STEPS, stop // 2):
-            prepared = since = time.time()
-            continue
-        steps, since = steps + 1, time.time()
-        # Every worker must make the same steps, so only a worker that is alone goes by the clock.
-        if world_size == 1 and since - prepared > MEASURED_SECONDS:
-            break
+    with peak_memory() as memory:
+        table = EmbeddingTable(
+            graph.num_nodes,
+            config.embed_dim,
+            config.learning_rate,
+            device,
+            seed=seed,
+            dtype=getattr(torch, config.table_dtype),
+            rank=rank,
+            world_size=world_size,
+        )
+        stream = stream_minibatches(
+            config, arguments["graph"], seed=seed, rank=rank, world_size=world_size, start=0, stop=stop
+        )
+        prepared = since = time.time()
+        steps = 0
+        warm_up = min(WARM_UP_STEPS, stop // 2)
+        for number, _ in enumerate(train_steps(stream, table, config.l2), start=1):
+            if number <= warm_up:
+                prepared = since = time.time()
+                continue
+            steps, since = steps + 1, time.time()
+            # Every worker must make the same steps, so only a worker that is alone goes by the clock.
+            if world_size == 1 and since - prepared > MEASURED_SECONDS:
+                break
 
-    def write(folder: Path) -> None:
-        torch.save({"table": table.state_dict(), "step": 0}, folder / f"state-{rank:05}.pt")
+        def write(folder: Path) -> None:
+            torch.save({"table": table.state_dict(), "step": 0}, folder / f"state-{rank:05}.pt")
 
-    memory = anonymous_memory() - memory
-    begun = time.time()
-    training.report_checkpoint({"step": 0}, write, every_rank=True)
-    reported = time.time()
+        begun = time.time()
+        training.report_checkpoint({"step": 0}, write, every_rank=True)
+        reported = time.time()
     facts = {
         "started": started,
         "prepared": prepared - started,
+        "warm_up": warm_up,
         "step": (since - prepared) / max(1, steps),
         "checkpoint": reported - begun,
         "checkpoint_bytes": 3.0 * graph.num_nodes * config.embed_dim * table.weight.element_size(),
-        "memory": memory,
+        "memory": memory[0],
     }
 
     def write_facts(folder: Path) -> None:

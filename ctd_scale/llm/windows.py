@@ -15,7 +15,6 @@ from numpy import ndarray
 
 from ctd_scale.config import LLMConfig
 
-
 # Of one batch; over all batches it is then below 0.05 on every data set of `jobs/configs`, with few more batches.
 MAX_PADDING = 0.12
 
