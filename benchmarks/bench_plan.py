@@ -22,7 +22,7 @@ from ctd_scale.plan import plan_run
 from ctd_scale.training import start_ray
 
 # One epoch of small neighbourhoods, so that the largest log ends within minutes.
-OVERRIDES = ["graph.epochs=1", "graph.fanout=[2, 2]", "graph.batch_size=65536", "graph.checkpoint_every_steps=200"]
+OVERRIDES = ["graph.epochs=1", "graph.fanout=[4, 2]", "graph.batch_size=16384", "graph.checkpoint_every_steps=500"]
 MEMORY = "memory.txt"
 train_loop = train.train_loop
 
