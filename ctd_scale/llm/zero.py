@@ -113,8 +113,18 @@ def save(engine: Any, folder: Path, step: int) -> None:
 
 def load(engine: Any, saved: Saved) -> None:
     """Weights, optimizer and schedule of a checkpoint into an engine that was configured for its kind."""
+    groups = engine.optimizer.param_groups
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     # Not strict: the frozen word embeddings are not in it, the backbone brings them.
     engine.load_checkpoint(str(saved.folder), tag=TAG, load_module_strict=False)
+    if saved.universal:
+        # Under ZeRO 3 DeepSpeed gives every group the settings of the first one, and all parameters one counter of
+        # steps, which each of them then advances (load_hp_checkpoint_state_from_checkpoint_dir_stage3).
+        for group, own, rate in zip(groups, settings, engine.lr_scheduler.get_last_lr(), strict=True):
+            group.update({**own, "lr": rate})
+        for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
 
 
 def consolidate(model: torch.nn.Module) -> dict[str, torch.Tensor]:

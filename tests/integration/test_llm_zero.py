@@ -57,7 +57,7 @@ def make_config(backbone: Path, workers: int = 1, **changes: Any) -> RunConfig:
         "token_dropout": 0.2,
         "text_every": 2,
         "learning_rate": 1e-2,
-        "head_learning_rate": 1e-2,
+        "head_learning_rate": 2e-2,
         **changes,
     }
     resources = {"num_workers": workers, "threads_per_worker": 1, "max_failures": 0}
