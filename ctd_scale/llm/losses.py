@@ -58,8 +58,9 @@ def softmax_loss(
 
     Memory: `max_logits` logits, and gradients of the size of the inputs; never `preferences x items`.
     """
-    queries = F.normalize(preferences.float(), dim=1) / temperature
-    loss: Tensor = ChunkedCrossEntropy.apply(queries, F.normalize(vectors.float(), dim=1), targets, max_logits)
+    with torch.autocast(preferences.device.type, enabled=False):  # float32, whatever the caller computes in
+        queries = F.normalize(preferences.float(), dim=1) / temperature
+        loss: Tensor = ChunkedCrossEntropy.apply(queries, F.normalize(vectors.float(), dim=1), targets, max_logits)
     return loss
 
 

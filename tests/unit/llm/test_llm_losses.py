@@ -52,6 +52,18 @@ def test_in_chunks_it_is_the_plain_cross_entropy_with_its_gradients(
         assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_it_stays_in_float32_where_the_caller_does_not(drawn: tuple[torch.Tensor, ...]) -> None:
+    preferences, vectors, targets = drawn
+    found = []
+    for enabled in (False, True):
+        leaf = preferences.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = softmax_loss(leaf, vectors, targets, TEMPERATURE)
+        found.append((loss, *torch.autograd.grad(loss, [leaf])))
+    for plain, mixed in zip(*found, strict=True):
+        assert torch.equal(plain, mixed)
+
+
 def test_logits_of_all_positions_never_exist_together() -> None:
     """A million logits in chunks of a thousand: the largest tensor that is made is a chunk or a gradient."""
     made: list[int] = []
