@@ -216,7 +216,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
             engine.backward(counted * parts * (preference_loss + config.text_weight * text_loss))
             engine.step()
             losses += counted * torch.stack(sums).detach()
-            counts = [counts[0] + len(batch.targets), counts[1] + len(batch.answer_ids)]
+            if counted:
+                counts = [counts[0] + len(batch.targets), counts[1] + len(batch.answer_ids)]
         step += 1
         curves = {
             "preference_loss": losses[0] / max(1, counts[0]),
