@@ -21,8 +21,7 @@ from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.export import propagate
 from ctd_scale.graph.sampler import steps_per_epoch
 from ctd_scale.graph.stream import stream_minibatches
-from ctd_scale.graph.table import EmbeddingTable
-from ctd_scale.graph.train import train_steps
+from ctd_scale.graph.train import new_table, train_steps
 
 WARM_UP_STEPS = 10
 MEASURED_STEPS = 400
@@ -93,16 +92,7 @@ def calibration_loop(arguments: dict[str, Any]) -> None:
     rank, world_size = training.rank(), training.world_size()
     stop = min(WARM_UP_STEPS + MEASURED_STEPS, config.epochs * steps_per_epoch(graph.num_edges, config.batch_size))
     with peak_memory() as memory:
-        table = EmbeddingTable(
-            graph.num_nodes,
-            config.embed_dim,
-            config.learning_rate,
-            device,
-            seed=seed,
-            dtype=getattr(torch, config.table_dtype),
-            rank=rank,
-            world_size=world_size,
-        )
+        table = new_table(config, graph.num_nodes, device, seed)
         stream = stream_minibatches(
             config, arguments["graph"], seed=seed, rank=rank, world_size=world_size, start=0, stop=stop
         )

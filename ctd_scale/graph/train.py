@@ -75,16 +75,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     config, seed = GraphConfig.model_validate(arguments["config"]), int(arguments["seed"])
     device = training.prepare_worker(arguments, seed)
     graph = BipartiteGraph.load(Path(arguments["graph"]))
-    table = EmbeddingTable(
-        graph.num_nodes,
-        config.embed_dim,
-        config.learning_rate,
-        device,
-        seed=seed,
-        dtype=getattr(torch, config.table_dtype),
-        rank=training.rank(),
-        world_size=training.world_size(),
-    )
+    table = new_table(config, graph.num_nodes, device, seed)
     total_steps = config.epochs * steps_per_epoch(graph.num_edges, config.batch_size)
     step = 0
     with training.latest_checkpoint(arguments) as folder:
@@ -119,6 +110,20 @@ def train_loop(arguments: dict[str, Any]) -> None:
             training.report_checkpoint({"step": step, "loss": loss.item()}, write, every_rank=True)
     training.report_checkpoint({"step": step}, write, every_rank=True)
     log.close()
+
+
+def new_table(config: GraphConfig, num_nodes: int, device: torch.device, seed: int) -> EmbeddingTable:
+    """This worker's part of the embeddings before training."""
+    return EmbeddingTable(
+        num_nodes,
+        config.embed_dim,
+        config.learning_rate,
+        device,
+        seed=seed,
+        dtype=getattr(torch, config.table_dtype),
+        rank=training.rank(),
+        world_size=training.world_size(),
+    )
 
 
 def train_steps(minibatches: Iterable[Minibatch], table: EmbeddingTable, l2: float) -> Iterator[torch.Tensor]:

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctd_scale.config import ConfigError, LLMConfig
-from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_causal_lm
+from ctd_scale.llm.backbone import load_causal_lm
 from ctd_scale.llm.choices import AnswerChoices
 from ctd_scale.llm.collator import Row
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
-from ctd_scale.llm.model import PreferenceLM, TokenAdapter, build_preference_lm, word_scale
+from ctd_scale.llm.model import TokenAdapter, word_scale
 from ctd_scale.llm.prompts import make_category_answers
 from ctd_scale.llm.train import initial_vectors, new_model, parameter_groups
 from ctd_scale.llm.weights import BACKBONE, export_model, load_model, load_vectors, temperature
@@ -299,100 +299,7 @@ def test_a_model_is_published_in_the_dtype_asked_for(tmp_path: Path, backbone: P
     assert load_causal_lm(tmp_path / BACKBONE, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-# -- backbones -----------------------------------------------------------------------------------------------
-
-
-# Sizes and what sets each architecture apart: tied or own output embeddings, sliding windows, bounded or scaled logits.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Qwen2": {"tie_word_embeddings": True},
-    "Qwen3": {"head_dim": 8},
-    "Gemma2": {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 3.0},
-    "Gemma3Text": {"head_dim": 8, "sliding_window": 16},
-    "SmolLM3": {"no_rope_layers": [1, 1, 1, 0]},
-    "Granite": {"logits_scaling": 4.0},
-    "Cohere": {"logit_scale": 0.25},
-}
-
-
-def save_tiny(folder: Path, architecture: str) -> Any:
-    """A random model of four layers, saved as any Hugging Face model is."""
-    import transformers
-
-    sizes = {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "pad_token_id": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{architecture}Config")(**sizes, **ARCHITECTURES[architecture])
-    name = architecture.removesuffix("Text")
-    whole = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    whole.save_pretrained(folder)
-    return whole
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_any_causal_lm_will_do_and_may_be_cut(tmp_path: Path, served: PreferenceModel, architecture: str) -> None:
-    whole = save_tiny(tmp_path, architecture)
-    assert hidden_size(tmp_path) == 32
-    assert backbone_folder(LLMConfig(backbone=str(tmp_path))) == tmp_path
-    cut = load_causal_lm(tmp_path, num_hidden_layers=3).eval()
-    assert len(cut.base_model.layers) == 3
-    for name, value in cut.state_dict().items():
-        assert torch.equal(value, whole.state_dict()[name]), name
-    assert len(load_causal_lm(tmp_path).base_model.layers) == 4
-    with pytest.raises(ConfigError, match=r"llm\.num_hidden_layers=5 but the backbone has 4"):
-        load_causal_lm(tmp_path, num_hidden_layers=5)
-
-    model = build_preference_lm(cut, torch.randn(20, 8), 0.1, learn_vectors=True).eval()
-    rows = [prefix_row(HISTORY, answer=3), prefix_row(HISTORY[:2])]
-    batch = served.collator(rows)
-    preference, text = model(batch)
-    (preference + text).backward()
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not missing
-    with torch.no_grad():
-        alone = model.preferences(served.collator([prefix_row(HISTORY)]))
-        assert torch.allclose(alone, model.preferences(batch)[:5], atol=1e-4)
-        # The model's own forward, with the whole prompt in one row and no cache.
-        head = model.words(batch.head_ids)[None]
-        said = model.lm(inputs_embeds=torch.cat([head, model.embed(batch)[:1]], dim=1), output_hidden_states=True)
-        expected = model.head.project(said.hidden_states[-1][0, len(batch.head_ids) :][batch.preference_positions[:5]])
-        assert torch.allclose(expected, alone, atol=1e-4)
-        words = said.logits[0, len(batch.head_ids) + batch.answer_positions]
-        assert F.cross_entropy(words, batch.answer_ids, reduction="sum").item() == pytest.approx(text.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Gemma3Text", "SmolLM3"])
-def test_reading_the_head_once_gives_the_gradients_of_reading_it_in_every_row(
-    tmp_path: Path, served: PreferenceModel, architecture: str
-) -> None:
-    save_tiny(tmp_path, architecture)
-    config = LLMConfig(num_hidden_layers=3, preference_dim=8, gradient_checkpointing=True)
-    embeddings = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
-    batch = served.collator([prefix_row(HISTORY, answer=3), prefix_row(HISTORY[:2]), prefix_row([7])])
-    found = []
-    for checkpointing in (False, True):
-        settings = config.model_copy(update={"gradient_checkpointing": checkpointing})
-        model = new_model(settings, tmp_path, embeddings, seed=0).train()
-        assert model.lm.is_activation_checkpointing == checkpointing
-        preference, text = model(batch)
-        (preference + text).backward()
-        found.append((preference, text, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
-    (preference, text, gradients), (other_preference, other_text, others) = found
-    assert preference.item() == pytest.approx(other_preference.item(), rel=1e-5)
-    assert text.item() == pytest.approx(other_text.item(), rel=1e-5)
-    for name, gradient in gradients.items():
-        assert torch.allclose(gradient, others[name], atol=1e-4 * float(others[name].abs().max() + 1)), name
+# -- what is read once, and what cannot be said ---------------------------------------------------------------
 
 
 def test_a_head_that_was_read_before_serves_any_number_of_batches(served: PreferenceModel) -> None:
@@ -411,14 +318,3 @@ def test_texts_of_categories_need_categories(tiny_chain: Any) -> None:
     served = replace(tiny_chain, config=config, log=replace(tiny_chain.log, catalogue=catalogue)).preference()
     with pytest.raises(ConfigError, match=r"llm\.text_choices='category' but no item has a category"):
         served.texts([HISTORY])
-
-
-def test_a_backbone_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"llm\.backbone=.* is neither 'smollm2-135m' nor a folder"):
-        backbone_folder(LLMConfig(backbone=str(tmp_path)))
-
-
-def test_the_word_embeddings_are_frozen(backbone: Path) -> None:
-    model: PreferenceLM = build_preference_lm(load_causal_lm(backbone), torch.randn(4, 8), 0.1, True)
-    assert not model.lm.get_input_embeddings().weight.requires_grad
-    assert model.head.temperature.item() == pytest.approx(0.1)
