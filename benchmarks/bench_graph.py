@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -265,10 +263,7 @@ def main() -> None:
     from benchmarks import bench_graph as importable  # Ray's workers cannot find what is defined in __main__
 
     for name in names:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(importable.cases_of, name, options.pyg).result()
-        report.show(measured)
-        cases += measured
+        cases += report.apart(importable.cases_of, name, options.pyg)
     report.write(cases, options.json)
     if options.picture is not None:
         draw(cases, options.picture)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.bench_graph import SIZES
-from benchmarks.report import Case, parser, show, write
+from benchmarks.report import Case, apart, parser, write
 from ctd_scale.artifacts import Run
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.estimates import peak_memory
@@ -71,10 +69,7 @@ def main() -> None:
 
     cases: list[Case] = []
     for name in ("5M", "50M") if options.size == "full" else ("1M",):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(importable.cases_of, name).result()
-        show(measured)
-        cases += measured
+        cases += apart(importable.cases_of, name)
     write(cases, options.json)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_graph import SIZES
 from benchmarks.bench_interactions import write_raw
-from benchmarks.report import Case, parser, show, write
+from benchmarks.report import Case, apart, parser, write
 from ctd_scale.artifacts import Run
 from ctd_scale.config import load_config
 from ctd_scale.estimates import peak_memory
@@ -89,10 +87,7 @@ def main() -> None:
 
     cases: list[Case] = []
     for name in ("5M",) if options.size == "small" else ("5M", "50M"):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(importable.cases_of, name).result()
-        show(measured)
-        cases += measured
+        cases += apart(importable.cases_of, name)
     write(cases, options.json)
 
 

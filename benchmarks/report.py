@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +52,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def apart(measure: Callable[..., list[Case]], *arguments: object) -> list[Case]:
+    """The cases of one size, measured in a process of their own, so that its memory is its own, and shown."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        measured = pool.submit(measure, *arguments).result()
+    show(measured)
+    return measured
 
 
 def show(cases: list[Case]) -> None:
