@@ -16,7 +16,7 @@ import torch
 from benchmarks.report import Case, parser, show, write
 from ctd_scale import training
 from ctd_scale.artifacts import Run
-from ctd_scale.baselines.lightgcn import lightgcn_scores
+from ctd_scale.baselines.lightgcn import lightgcn_scorer
 from ctd_scale.batches import SPLITS, InteractionLog, NodeArrays, Split
 from ctd_scale.config import GraphConfig, RunConfig, load_config
 from ctd_scale.graph.build import build_graph
@@ -29,7 +29,7 @@ from ctd_scale.graph.sampler import Minibatch, NeighborSampler, make_minibatch, 
 from ctd_scale.graph.table import EmbeddingTable
 from ctd_scale.graph.train import train_steps
 from ctd_scale.interactions.prepare import prepare_interactions
-from ctd_scale.metrics import summarise, target_ranks, top_k
+from ctd_scale.ranking import rank_targets
 
 # Configurations of `jobs/configs` and how many seeds; as many of them, and of epochs, as a laptop can wait for.
 DATASETS = {"ml100k": 6, "lastfm": 6, "beauty": 3}
@@ -40,15 +40,8 @@ CHUNK_USERS = 512
 
 def ndcg(log: InteractionLog, embeddings: NodeArrays, split: Split) -> float:
     """NDCG@10 over the whole catalogue, seen items masked."""
-    ranks, top, users = [], [], log.split_users()
-    for start in range(0, len(users), CHUNK_USERS):
-        chunk = users[start : start + CHUNK_USERS]
-        scores = lightgcn_scores(embeddings, chunk).astype(np.float32)
-        for row, user in enumerate(chunk):
-            scores[row, log.history(int(user), split)] = -np.inf
-        ranks.append(target_ranks(scores, log.targets(chunk, split)))
-        top.append(top_k(scores, 10)[0])
-    return float(summarise(np.concatenate(ranks), np.concatenate(top), log.num_items)["ndcg@10"])
+    ranks = rank_targets(log, lightgcn_scorer(embeddings), split, mask_seen=True, chunk_users=CHUNK_USERS)
+    return ranks.summary(log.num_items)["ndcg@10"]
 
 
 def sampled(graph: BipartiteGraph, config: GraphConfig, seed: int, scratch: Path) -> NodeArrays:

@@ -29,8 +29,8 @@ from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.model import PreferenceLM
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.train import make_plan, new_model, parameter_groups, warmup_then_linear, window_row
-from ctd_scale.metrics import summarise, target_ranks, top_k
 from ctd_scale.pipeline import run_stage, stage_named
+from ctd_scale.ranking import rank_targets
 
 DATASETS = ("ml100k", "lastfm")
 CHANGES = {"max_history": 10, "max_windows": 1, "epochs": 2, "text_weight": 0.0, "num_hidden_layers": 4}
@@ -121,26 +121,19 @@ def train(inputs: Inputs, config: LLMConfig, form: str, seed: int) -> Preference
     return model.eval()
 
 
-@torch.inference_mode()
 def ndcg(inputs: Inputs, config: LLMConfig, model: PreferenceLM, split: Split) -> float:
     """NDCG@10 of the preference alone over the whole catalogue, seen items masked."""
-    log, users = inputs.log, inputs.log.split_users()
     directions = F.normalize(model.head.vectors, dim=1)
-    ranks, top = [], []
-    for start in range(0, len(users), 128):
-        chunk = users[start : start + 128]
-        histories = [log.history(int(user), split) for user in chunk]
-        batch = inputs.collator(
-            [Row(np.asarray(each[-config.max_history :]), np.zeros(1, np.int64)) for each in histories]
-        )
+
+    @torch.inference_mode()
+    def scores(users: np.ndarray, histories: list[np.ndarray]) -> np.ndarray:
+        rows = [Row(history[-config.max_history :], np.zeros(1, np.int64)) for history in histories]
         with torch.autocast("cpu", torch.bfloat16):
-            preferences = model.preferences(batch)
-        scores = (F.normalize(preferences.float(), dim=1) @ directions.T).numpy()
-        for row, history in enumerate(histories):
-            scores[row, history] = -np.inf
-        ranks.append(target_ranks(scores, log.targets(chunk, split)))
-        top.append(top_k(scores, 10)[0])
-    return float(summarise(np.concatenate(ranks), np.concatenate(top), log.num_items)["ndcg@10"])
+            preferences = model.preferences(inputs.collator(rows))
+        return np.asarray((F.normalize(preferences.float(), dim=1) @ directions.T).numpy())
+
+    ranks = rank_targets(inputs.log, scores, split, mask_seen=True, chunk_users=128)
+    return ranks.summary(inputs.log.num_items)["ndcg@10"]
 
 
 def form_cases(dataset: str, inputs: Inputs, seeds: int) -> list[Case]:

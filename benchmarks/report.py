@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "ray", "numpy", "torch-geometric", "deepspeed", "transformers", "scann")
+from ctd_scale.environment import machine, versions
 
 
 @dataclass(frozen=True)
@@ -36,22 +33,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--size", choices=("small", "full"), default="small", help="small ends within minutes")
     made.add_argument("--json", type=Path, help="where the cases are written")
     return made
-
-
-def machine() -> str:
-    """Cores, memory and architecture; no names."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, CPython {platform.python_version()}"
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def apart(measure: Callable[..., list[Case]], *arguments: object) -> list[Case]:

@@ -19,7 +19,9 @@ Each class knows how to write itself into an artifact's folder and read itself b
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -49,10 +51,15 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class InteractionLog:
-    """All interactions as one time-ordered sequence per user (CSR), and the leave-one-out split over them.
+    """All interactions as one time-ordered sequence per user (CSR), and the split over them.
 
-    The last item of a user is the test target, the one before it the validation target, the rest is training.
-    Users with fewer than three interactions are training only.
+    Leave-one-out: the last item of a user is the test target, the one before it the validation target, the rest is
+    training. Users with fewer than three interactions are training only.
+
+    With `cuts`, at two times that are the same for all: what is older than the first is training, a user's first item
+    from the first on is the validation target, that from the second on the test target, and the history is all that
+    is older than the cut. No model then learns from what happened after a target. Users whom training has not seen
+    have no target.
     """
 
     offsets: Int64[ndarray, "offsets"]
@@ -61,6 +68,8 @@ class InteractionLog:
     catalogue: Catalogue
     # Microseconds since 1970, where the source has timestamps and not only positions.
     times: Int64[ndarray, "interactions"] | None = None
+    # In the unit of `times`: where validation begins, and where test begins. None: leave-one-out.
+    cuts: tuple[int, int] | None = None
 
     @property
     def num_users(self) -> int:
@@ -70,16 +79,39 @@ class InteractionLog:
     def num_items(self) -> int:
         return len(self.catalogue)
 
+    @cached_property
+    def _places(self) -> Mapping[str, Int64[ndarray, "users"]]:
+        """Within each user's sequence: how much is training, and where each split's target lies (-1: there is none)."""
+        lengths = np.diff(self.offsets)
+        if self.cuts is None:
+            split = lengths >= MIN_SPLIT_LENGTH
+            return {
+                "train": np.where(split, lengths - 2, lengths),
+                "validation": np.where(split, lengths - 2, -1),
+                "test": np.where(split, lengths - 1, -1),
+            }
+        validation, test = (self._older_than(cut) for cut in self.cuts)
+        seen = validation > 0
+        return {
+            "train": validation,
+            "validation": np.where(seen & (validation < test), validation, -1),
+            "test": np.where(seen & (test < lengths), test, -1),
+        }
+
+    def _older_than(self, cut: int) -> Int64[ndarray, "users"]:
+        """How many interactions of each user are older than a time."""
+        assert self.times is not None, "only a log with times is cut at one"
+        older = np.concatenate([[0], np.cumsum(self.times < cut)])
+        return older[self.offsets[1:]] - older[self.offsets[:-1]]
+
     def train_lengths(self) -> Int64[ndarray, "users"]:
         """How many interactions of each user belong to the training split."""
-        lengths = np.diff(self.offsets)
-        return np.where(lengths >= MIN_SPLIT_LENGTH, lengths - 2, lengths)
+        return self._places["train"]
 
     def train_sequence(self, user: int) -> Int32[ndarray, "length"]:
         """A user's training items, oldest first."""
         start = int(self.offsets[user])
-        length = int(self.offsets[user + 1]) - start
-        return self.items[start : start + (length - 2 if length >= MIN_SPLIT_LENGTH else length)]
+        return self.items[start : start + int(self._places["train"][user])]
 
     def train_edges(self) -> tuple[Int32[ndarray, "interactions"], Int32[ndarray, "interactions"]]:
         """(user_index, item_index) of every training interaction, in log order."""
@@ -89,28 +121,30 @@ class InteractionLog:
         users = np.repeat(np.arange(self.num_users, dtype=np.int32), lengths)
         return users[keep], self.items[keep]
 
-    def split_users(self) -> Int64[ndarray, "split_users"]:
-        """Users that have a validation and a test target."""
-        return np.flatnonzero(np.diff(self.offsets) >= MIN_SPLIT_LENGTH)
+    def split_users(self, split: Split = "test") -> Int64[ndarray, "split_users"]:
+        """Users that have a target in the split; in leave-one-out the same for both."""
+        return np.flatnonzero(self._places[split] >= 0)
 
     def history(self, user: int, split: Split) -> Int32[ndarray, "length"]:
-        """What is known of the user before the split's target (test: training + validation item)."""
-        end = int(self.offsets[user + 1]) - (2 if split == "validation" else 1)
-        return self.items[int(self.offsets[user]) : end]
+        """What is known of a user of the split before its target (leave-one-out test: training + validation item)."""
+        start = int(self.offsets[user])
+        return self.items[start : start + int(self._places[split][user])]
 
     def full_history(self, user: int) -> Int32[ndarray, "length"]:
         """Everything known of the user: what a served request starts from."""
         return self.items[int(self.offsets[user]) : int(self.offsets[user + 1])]
 
     def targets(self, users: Int64[ndarray, "batch"], split: Split) -> Int32[ndarray, "batch"]:
-        """The withheld item of each user."""
-        return self.items[self.offsets[users + 1] - (2 if split == "validation" else 1)]
+        """The withheld item of each of the split's users."""
+        return self.items[self.offsets[users] + self._places[split][users]]
 
     def save(self, folder: Path) -> None:
         np.save(folder / "offsets.npy", self.offsets)
         np.save(folder / "items.npy", self.items)
         if self.times is not None:
             np.save(folder / "times.npy", self.times)
+        if self.cuts is not None:
+            (folder / "cuts.json").write_text(json.dumps(self.cuts))
         write_table(pa.table({"user_id": self.user_ids}), folder / "users.parquet")
         columns = {
             "item_id": self.catalogue.item_ids,
@@ -130,6 +164,7 @@ class InteractionLog:
                 items["item_id"].to_pylist(), items["title"].to_pylist(), items["category"].to_pylist()
             ),
             times=np.load(times, mmap_mode="r") if (times := folder / "times.npy").exists() else None,
+            cuts=tuple(json.loads(cuts.read_text())) if (cuts := folder / "cuts.json").exists() else None,
         )
 
 

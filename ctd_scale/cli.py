@@ -21,6 +21,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+bench = typer.Typer(help="Measure.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="TOML file, or a shipped name such as ml100k")]
 StorageOption = Annotated[str, typer.Option(help="folder or fsspec URL that holds the runs")]
 NameOption = Annotated[str, typer.Option(help="the run's name within the storage")]
@@ -217,6 +220,33 @@ def serve(
         host=settings.serving.host if host is None else host,
         port=settings.serving.port if port is None else port,
     )
+
+
+@bench.command()
+def quality(
+    data: Annotated[list[str], typer.Option("--data", "-d", help="shipped config of a set, or TOML file; repeatable")],
+    models: Annotated[str, typer.Option(help="names, separated by commas")] = "popularity,item_knn,bpr_mf,lightgcn,"
+    "sasrec,bsarec,preference,full",
+    seeds: Annotated[int, typer.Option(help="how many, from 0")] = 3,
+    reference: Annotated[str, typer.Option(help="what the others are compared with; default: validation's best")] = "",
+    storage: StorageOption = "runs/quality",
+    data_dir: DataDirOption = None,
+    out: Annotated[Path, typer.Option(help="Markdown; .json and .png go beside it")] = Path("quality.md"),
+    overrides: SetOption = None,
+) -> None:
+    """Train and rank any models over seeds, into one table; goes on where it was interrupted."""
+    from ctd_scale.quality import as_json, compare
+    from ctd_scale.quality_report import show, write_quality
+
+    chosen = [*(overrides or ()), *([f"interactions.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    for dataset in data:
+        rows = as_json(compare(dataset, names, range(seeds), storage, chosen, reference))
+        show(rows)
+        said = "".join(f" --set {override}" for override in overrides or ())
+        command = f"ctd bench quality --data {Path(dataset).stem} --models {','.join(names)} --seeds {seeds}{said}"
+        write_quality(rows, out, command)
+    console.print(f"written: {out}", highlight=False)
 
 
 @app.command()

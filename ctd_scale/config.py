@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,14 @@ class InteractionsConfig(Section):
     duplicates: Literal["keep", "first", "last"] = Field("keep", description="repeated (user, item) pairs")
     min_user_interactions: Positive = 1
     min_item_interactions: Positive = 1
+    split: Literal["leave_one_out", "global_time"] = Field(
+        "leave_one_out",
+        description="what is withheld: each user's last two items, or everything after two times that are the same "
+        "for all; the latter needs timestamps",
+    )
+    withheld_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        0.1, description="share of the interactions in each of validation and test, where split = global_time"
+    )
     max_bad_fraction: Fraction = 0.01
     max_title_chars: Positive = 512
 
@@ -220,6 +229,59 @@ class EvaluationConfig(Section):
     text_factors: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 
+class ItemKNNConfig(Section):
+    """Item-kNN."""
+
+    neighbors: Positive = 100
+    shrinkage: NotNegative = 0.0
+
+
+class TrainedBaseline(Section):
+    """What every trained baseline has: Adam, epochs, and which of them is kept."""
+
+    embed_dim: Positive = 64
+    epochs: Positive = 200
+    batch_size: Positive = 256
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NotNegative = Field(0.0, description="L2 within Adam, on all weights")
+    validate_every: Positive = Field(2, description="epochs between two rankings of the validation items")
+    validation_users: Positive = 10_000
+    patience: Positive = Field(5, description="stop after so many rankings that are not the best")
+
+
+class MatrixFactorizationConfig(TrainedBaseline):
+    """BPR-MF."""
+
+    batch_size: Positive = 2048
+    l2: NotNegative = Field(1e-4, description="on the rows that a step touched")
+
+
+class SequentialConfig(TrainedBaseline):
+    """SASRec: the sequence model whose filter has no share."""
+
+    num_blocks: Positive = 2
+    num_heads: Positive = 1
+    max_history: Positive = 50
+    dropout: Fraction = 0.5
+    alpha: Fraction = Field(0.0, description="share of the frequency filter beside the attention")
+    low_frequencies: Positive = Field(3, description="how many frequencies, the constant first, pass the filter as is")
+
+
+class BSARecConfig(SequentialConfig):
+    """BSARec."""
+
+    alpha: Fraction = 0.7
+
+
+class BaselinesConfig(Section):
+    """What the chain is compared with."""
+
+    item_knn: ItemKNNConfig = ItemKNNConfig()
+    bpr_mf: MatrixFactorizationConfig = MatrixFactorizationConfig()
+    sasrec: SequentialConfig = SequentialConfig()
+    bsarec: BSARecConfig = BSARecConfig()
+
+
 class ServingConfig(Section):
     """The HTTP endpoint and its replicas."""
 
@@ -262,6 +324,7 @@ class ResourcesConfig(Section):
     tokenizer: StageResources = StageResources()
     llm: StageResources = StageResources()
     diffusion: StageResources = StageResources()
+    baselines: StageResources = StageResources()
 
 
 class RunConfig(Section):
@@ -275,6 +338,7 @@ class RunConfig(Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     serving: ServingConfig = ServingConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -289,8 +353,10 @@ class RunConfig(Section):
 
 
 def section_hash(config: RunConfig, sections: Sequence[str]) -> str:
-    """Hash of the named sections and the seed (hex, 64 characters): what decides whether a stage must rerun."""
-    payload = {"seed": config.seed, **{name: getattr(config, name).model_dump(mode="json") for name in sections}}
+    """Hash of the named sections (such as `llm` or `baselines.sasrec`) and the seed, hex, 64 characters: what decides
+    whether a stage must rerun."""
+    chosen = {name: reduce(getattr, name.split("."), config) for name in sections}
+    payload = {"seed": config.seed, **{name: section.model_dump(mode="json") for name, section in chosen.items()}}
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 

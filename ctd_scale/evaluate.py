@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +13,42 @@ from numpy import ndarray
 from rich.table import Table
 
 from ctd_scale.artifacts import Artifact, Run, write_text
-from ctd_scale.baselines.lightgcn import lightgcn_scores
-from ctd_scale.baselines.popularity import popularity_scores
-from ctd_scale.batches import (
-    SPLITS,
-    InteractionLog,
-    NodeArrays,
-    Preferences,
-    Ranking,
-    Split,
-    load_rankings,
-)
+from ctd_scale.baselines.scorers import SCORERS
+from ctd_scale.batches import SPLITS, InteractionLog, Preferences, Split, load_rankings
 from ctd_scale.calibrate import scored_pools
 from ctd_scale.config import RunConfig
-from ctd_scale.metrics import ranks_in_lists, summarise, target_ranks, top_k
+from ctd_scale.metrics import ranks_in_lists
+from ctd_scale.ranking import Ranks, padded, rank_targets, save_ranks
 from ctd_scale.recommender import load_density, load_retrieve
 from ctd_scale.training import console
 
 INPUTS = ("interactions", "embeddings", "models/llm", "preferences", "models/diffusion", "index", "ranking")
 METRICS = ("hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr", "coverage@10")
 
+SPLITTING = {False: "leave-one-out by order", True: "global time"}
+
 Report = dict[str, Any]
 
 
 def evaluate(run: Run, config: RunConfig, config_hash: str) -> None:
-    """Everything published -> metrics/evaluation.json (and evaluation_unmasked.json where asked for)."""
+    """Everything published -> metrics/evaluation.json with the rank of every user's item beside it (and both again as
+    evaluation_unmasked, where asked for)."""
     artifacts = {name: run.fetch(name) for name in INPUTS}
     for artifact in artifacts.values():
         run.require_made_from(artifact, *(other for other in artifacts.values() if other is not artifact))
-    masks = {"evaluation.json": config.evaluation.mask_seen}
+    masks = {"evaluation": config.evaluation.mask_seen}
     if config.evaluation.report_unmasked:
-        masks["evaluation_unmasked.json"] = False
+        masks["evaluation_unmasked"] = False
     inputs = {artifact.name: artifact.digest for artifact in artifacts.values()}
+    log = InteractionLog.load(artifacts["interactions"].path)
     with run.publish("metrics", config_hash=config_hash, inputs=inputs) as folder:
-        for file, mask_seen in masks.items():
-            write_text(folder / file, json.dumps(make_report(artifacts, config, mask_seen), indent=2) + "\n")
+        for name, mask_seen in masks.items():
+            ranked = {split: rank_all(run, artifacts, config, split, mask_seen) for split in SPLITS}
+            report = make_report(artifacts, config, mask_seen, ranked)
+            write_text(folder / f"{name}.json", json.dumps(report, indent=2) + "\n")
+            for split, models in ranked.items():
+                ranks = {model: each.ranks for model, each in models.items()}
+                save_ranks(log.split_users(split), ranks, folder / f"{name}-{split}.parquet")
 
 
 def read_reports(run: Run) -> list[Report]:
@@ -56,60 +57,59 @@ def read_reports(run: Run) -> list[Report]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("evaluation*.json"))]
 
 
-def make_report(artifacts: Mapping[str, Artifact], config: RunConfig, mask_seen: bool) -> Report:
-    """Rank every validation and test target among all items, with every model."""
+def make_report(
+    artifacts: Mapping[str, Artifact],
+    config: RunConfig,
+    mask_seen: bool,
+    ranked: Mapping[Split, Mapping[str, Ranks]],
+) -> Report:
+    """The table with its protocol and the weights that were chosen."""
     log = InteractionLog.load(artifacts["interactions"].path)
-    embeddings = NodeArrays.load(artifacts["embeddings"].path)
+    rows = [
+        {"model": model, "split": split, **ranks.summary(log.num_items)}
+        for split, models in ranked.items()
+        for model, ranks in models.items()
+    ]
+    protocol = protocol_of(artifacts["interactions"], config, mask_seen)
     rankings = load_rankings(artifacts["ranking"].path)
-    rows: list[dict[str, Any]] = []
-    for split in SPLITS:
-        scorers = {
-            "popularity": lambda users: popularity_scores(log, users),
-            "lightgcn": lambda users: lightgcn_scores(embeddings, users),
-        }
-        for name, scorer in scorers.items():
-            rows.append({"model": name, "split": split, **_rank_scores(log, scorer, split, config, mask_seen)})
-        preferences = Preferences.load(artifacts["preferences"].path, split)
-        for name, row in _rank_chain(artifacts, log, preferences, split, rankings, config, mask_seen).items():
-            rows.append({"model": name, "split": split, **row})
-    protocol = {
-        "dataset": artifacts["interactions"].manifest["facts"].get("dataset", config.interactions.dataset),
-        "split": "leave-one-out by order; full catalogue ranking; weights from validation",
+    return {"protocol": protocol, "rows": rows, "ranking": {name: vars(r) for name, r in rankings.items()}}
+
+
+def protocol_of(interactions: Artifact, config: RunConfig, mask_seen: bool) -> dict[str, Any]:
+    """How the figures were made."""
+    log = InteractionLog.load(interactions.path)
+    return {
+        "dataset": interactions.manifest["facts"].get("dataset", config.interactions.dataset),
+        "split": f"{SPLITTING[log.cuts is not None]}; full catalogue ranking; weights from validation",
         "users": len(log.split_users()),
         "items": log.num_items,
         "mask_seen": mask_seen,
         "seed": config.seed,
     }
-    return {"protocol": protocol, "rows": rows, "ranking": {name: vars(r) for name, r in rankings.items()}}
 
 
-def _rank_scores(
-    log: InteractionLog, scorer: Callable[[ndarray], ndarray], split: Split, config: RunConfig, mask_seen: bool
-) -> dict[str, float]:
-    started, users = time.perf_counter(), log.split_users()
-    ranks, top = [], []
-    for start in range(0, len(users), config.evaluation.chunk_users):
-        chunk = users[start : start + config.evaluation.chunk_users]
-        scores = scorer(chunk).astype(np.float32)
-        if mask_seen:
-            for row, user in enumerate(chunk):
-                scores[row, log.history(int(user), split)] = -np.inf
-        ranks.append(target_ranks(scores, log.targets(chunk, split)))
-        top.append(top_k(scores, 10)[0])
-    summary = summarise(np.concatenate(ranks), np.concatenate(top), log.num_items)
-    return {**summary, "seconds": round(time.perf_counter() - started, 3)}
+def rank_all(
+    run: Run, artifacts: Mapping[str, Artifact], config: RunConfig, split: Split, mask_seen: bool
+) -> dict[str, Ranks]:
+    """Rank every target of the split among all items, with every model of the run."""
+    ranked = {name: rank_baseline(name, run, config, split, mask_seen) for name in ("popularity", "lightgcn")}
+    return {**ranked, **_rank_chain(artifacts, config, split, mask_seen)}
+
+
+def rank_baseline(name: str, run: Run, config: RunConfig, split: Split, mask_seen: bool) -> Ranks:
+    """The same for one baseline that the run has."""
+    log = InteractionLog.load(run.fetch("interactions").path)
+    scorer = SCORERS[name](run, config)
+    return rank_targets(log, scorer, split, mask_seen=mask_seen, chunk_users=config.evaluation.chunk_users)
 
 
 def _rank_chain(
-    artifacts: Mapping[str, Artifact],
-    log: InteractionLog,
-    preferences: Preferences,
-    split: Split,
-    rankings: dict[str, Ranking],
-    config: RunConfig,
-    mask_seen: bool,
-) -> dict[str, dict[str, float]]:
+    artifacts: Mapping[str, Artifact], config: RunConfig, split: Split, mask_seen: bool
+) -> dict[str, Ranks]:
     """All rankings of the chain over common pools, and the paper's single generated vector."""
+    log = InteractionLog.load(artifacts["interactions"].path)
+    preferences = Preferences.load(artifacts["preferences"].path, split)
+    rankings = load_rankings(artifacts["ranking"].path)
     density, retrieve = load_density(dict(artifacts), config), load_retrieve(dict(artifacts), config)
     spoken = any(preferences.texts)
     names = ["single_draw", *(name for name in rankings if name != "full_text" or spoken)]
@@ -136,21 +136,10 @@ def _rank_chain(
             else:
                 ids, _ = retrieve.rank(each.pool, each.errors, rankings[name], log.num_items)
             ranks[name].append(ranks_in_lists(ids, each.targets))
-            top[name].append(ids[:, :10])
+            top[name].append(padded(ids))
             seconds[name] += shared + time.perf_counter() - began
         started = time.perf_counter()
-    return {
-        name: {
-            **summarise(np.concatenate(ranks[name]), _ten(top[name]), log.num_items),
-            "seconds": round(seconds[name], 3),
-        }
-        for name in names
-    }
-
-
-def _ten(parts: list[ndarray]) -> ndarray:
-    ids = np.concatenate(parts)
-    return np.pad(ids, ((0, 0), (0, 10 - ids.shape[1])), constant_values=-1).astype(np.int32)
+    return {name: Ranks(np.concatenate(ranks[name]), np.concatenate(top[name]), seconds[name]) for name in names}
 
 
 def print_report(report: Report) -> None:
@@ -158,8 +147,8 @@ def print_report(report: Report) -> None:
     protocol = report["protocol"]
     seen = "masked" if protocol["mask_seen"] else "kept"
     title = (
-        f"{protocol['dataset']}: {protocol['users']:,} users, {protocol['items']:,} items, leave-one-out, "
-        f"full ranking, seen items {seen}, seed {protocol['seed']}"
+        f"{protocol['dataset']}: {protocol['users']:,} users, {protocol['items']:,} items, {protocol['split']}, "
+        f"seen items {seen}, seed {protocol['seed']}"
     )
     for split in SPLITS:
         console.print(f"{title}, [bold]{split}[/]", highlight=False, soft_wrap=True)

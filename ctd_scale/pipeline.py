@@ -11,9 +11,11 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.baselines.train import MAKERS, train_baseline
 from ctd_scale.batches import InteractionLog, Preferences
 from ctd_scale.calibrate import calibrate_ranking
 from ctd_scale.config import ConfigError, RunConfig, section_hash
@@ -104,12 +106,25 @@ STAGES = (
 )
 
 
+BASELINES = tuple(
+    Stage(
+        f"train_{name}",
+        partial(train_baseline, name),
+        (f"baselines.{name}", "evaluation"),
+        ("interactions",),
+        (f"baselines/{name}",),
+        name,
+    )
+    for name in MAKERS
+)
+
+
 def stage_named(name: str) -> Stage:
     """The stage of that name. Raises ConfigError naming all of them."""
-    for stage in STAGES:
-        if stage.name == name:
-            return stage
-    raise ConfigError(f"no stage {name!r}; stages: {', '.join(stage.name for stage in STAGES)}")
+    known = {stage.name: stage for stage in (*STAGES, *BASELINES)}
+    if name not in known:
+        raise ConfigError(f"no stage {name!r}; stages: {', '.join(known)}")
+    return known[name]
 
 
 def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from ctd_scale.config import StageResources
 OBJECT_STORE_BYTES = 512 * 1024**2
 EXPORT = "export"
 PROGRESS = "progress.json"
+USAGE = "usage.json"
 # Redirected output gets a width in which the tables fit.
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -132,6 +134,13 @@ def run_training(
     return target
 
 
+def usage(run: Run, stage: str) -> dict[str, float]:
+    """What the training of a stage took: `training_seconds`, interruptions left out, and the `peak_memory_mb` of the
+    first worker. Empty where that worker ran on a machine whose files are not seen here."""
+    file = run.root / "logs" / stage / USAGE
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
 def discard_checkpoints(run: Run, stage: str) -> None:
     """Remove the resumable state of a stage: once its artifact is published nothing needs it."""
     if run.is_local:
@@ -165,6 +174,13 @@ def prepare_worker(arguments: Mapping[str, Any], seed: int) -> torch.device:
 def threads_per_worker(resources: StageResources) -> int:
     """Threads of one of the stage's workers: what is set, or an equal share of this machine's cores."""
     return resources.threads_per_worker or max(1, (os.cpu_count() or 1) // resources.num_workers)
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held: on its GPU where it has one, else of the machine."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
 
 
 def seed_all(seed: int) -> None:
@@ -224,13 +240,14 @@ class WaitClock(Iterator[T]):
 
 
 class StepLog:
-    """TensorBoard events and the progress file, written by rank 0."""
+    """TensorBoard events, the progress file and the time and memory used, written by rank 0."""
 
     def __init__(self, logs: str, total_steps: int) -> None:
         self._total = total_steps
         self._folder = Path(logs)
         self._writer: Any = None
-        self._shown = 0.0
+        self._shown, self._started = 0.0, time.monotonic()
+        self._before: float | None = None  # seconds of this training before it was interrupted
         if rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -238,6 +255,8 @@ class StepLog:
 
     def step(self, step: int, scalars: Mapping[str, float | torch.Tensor | Callable[[], float]]) -> None:
         """`step` counts finished optimizer steps, from 1. Scalars are read, or called, at most once a second."""
+        if self._writer is not None and self._before is None:
+            self._before = 0.0 if step == 1 else self._seconds_before()
         due = time.monotonic() - self._shown >= 1.0 or step == self._total
         if self._writer is None or not due:
             return
@@ -245,11 +264,27 @@ class StepLog:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         write_progress(self._folder, step, self._total, values)
+        self._write_usage()
         self._shown = time.monotonic()
 
     def close(self) -> None:
         if self._writer is not None:
+            self._write_usage()
             self._writer.close()
+
+    def _seconds_before(self) -> float:
+        try:
+            return float(json.loads((self._folder / USAGE).read_text())["training_seconds"])
+        except (OSError, ValueError, KeyError):
+            return 0.0
+
+    def _write_usage(self) -> None:
+        before = self._seconds_before() if self._before is None else self._before  # None: no step was left to make
+        used = {
+            "training_seconds": round(before + time.monotonic() - self._started, 1),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        write_text(self._folder / USAGE, json.dumps(used))
 
 
 # -- on the driver -------------------------------------------------------------------------------------------

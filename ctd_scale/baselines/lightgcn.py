@@ -1,14 +1,14 @@
-"""LightGCN alone: the graph stage's embeddings, ranked by inner product."""
+"""LightGCN alone (He et al., 2020): the graph stage's embeddings, ranked by inner product."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float32
-from numpy import ndarray
 
 from ctd_scale.batches import NodeArrays
+from ctd_scale.ranking import Scorer
 
 
-def lightgcn_scores(embeddings: NodeArrays, users: ndarray) -> Float32[ndarray, "batch items"]:
+def lightgcn_scorer(embeddings: NodeArrays) -> Scorer:
     """`e_u . e_i` for all items."""
-    return np.asarray(np.asarray(embeddings.users)[users] @ np.asarray(embeddings.items).T)
+    users, items = np.asarray(embeddings.users), np.asarray(embeddings.items)
+    return lambda chunk, histories: users[chunk] @ items.T

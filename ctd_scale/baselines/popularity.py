@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float32
-from numpy import ndarray
 
 from ctd_scale.batches import InteractionLog
+from ctd_scale.ranking import Scorer
 
 
-def popularity_scores(log: InteractionLog, users: ndarray) -> Float32[ndarray, "batch items"]:
+def popularity_scorer(log: InteractionLog) -> Scorer:
     """Training interactions per item, the same row for every user."""
     _, items = log.train_edges()
     counts = np.bincount(items, minlength=log.num_items).astype(np.float32)
-    return np.tile(counts, (len(users), 1))
+    return lambda users, histories: np.tile(counts, (len(users), 1))

@@ -44,7 +44,7 @@ def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.n
         resources=config.resources.diffusion,
     )
     inputs = {artifact.name: artifact.digest for artifact in (llm, preferences)}
-    facts = {"cond_dim": int(vectors.shape[1])}
+    facts = {"cond_dim": int(vectors.shape[1]), **training.usage(run, "diffusion")}
     with run.publish("models/diffusion", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         shutil.copy(export / WEIGHTS, folder / WEIGHTS)
 

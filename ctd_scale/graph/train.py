@@ -55,7 +55,7 @@ def train_graph(run: Run, config: RunConfig, config_hash: str) -> None:
     graph = BipartiteGraph.load(artifact.path)
     layer0 = gather_rows(graph.num_nodes, export)
     inputs[artifact.name] = artifact.digest
-    facts["embed_dim"] = config.graph.embed_dim
+    facts |= {"embed_dim": config.graph.embed_dim, **training.usage(run, "graph")}
     with run.publish("embeddings", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         published = propagate(graph, layer0, config.graph.num_layers, config.graph.propagation_chunk, folder)
         split_nodes(graph, published).save(folder)

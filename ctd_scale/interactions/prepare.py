@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import fsspec
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctd_scale.artifacts import Run, file_digest
-from ctd_scale.batches import MIN_SPLIT_LENGTH, InteractionLog
+from ctd_scale.batches import MIN_SPLIT_LENGTH, SPLITS, InteractionLog
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.checking import read_catalogue, read_interactions
 from ctd_scale.interactions.parts import PartWriter, count_parts, read_part
@@ -32,6 +33,7 @@ from ctd_scale.interactions.quarantine import (
 from ctd_scale.interactions.schema import DUPLICATE, BadInputError, clean_titles
 from ctd_scale.interactions.sequences import Sequences, build_sequences
 from ctd_scale.interactions.sources import RawSource, find_source, resolve_columns
+from ctd_scale.interactions.split import time_cuts
 from ctd_scale.training import console, shown_progress, start_ray, write_progress
 
 
@@ -148,7 +150,16 @@ def _read(
             timed=columns["order"] != "position",
             refuse=refuse,
         )
-        _require_something_left(made, config)
+        _require_interactions(made, config)
+        log = made.log
+        if config.split == "global_time":
+            if log.times is None:
+                raise BadInputError(
+                    f"interactions.split='global_time' needs times, but {columns['order']!r} orders each user's items "
+                    "alone; give a timestamp column, or use 'leave_one_out'"
+                )
+            log = replace(log, cuts=time_cuts(log.times, config.withheld_fraction))
+        _require_targets(log)
     reasons = bad_items.reasons + bad_rows.reasons + repeated.reasons
     report = PrepareReport(
         dataset=config.dataset,
@@ -160,27 +171,42 @@ def _read(
         core_items=made.core_items,
         titles_cut=titles_cut,
         titles_missing=titles_missing,
-        users=made.log.num_users,
-        items=made.log.num_items,
-        interactions=len(made.log.items),
-        split_users=len(made.log.split_users()),
+        users=log.num_users,
+        items=log.num_items,
+        interactions=len(log.items),
+        split_users=len(log.split_users()),
     )
-    return report, made.log
+    return report, log
 
 
-def _require_something_left(made: Sequences, config: InteractionsConfig) -> None:
-    log = made.log
-    if not len(log.items):
+def _require_interactions(made: Sequences, config: InteractionsConfig) -> None:
+    if not len(made.log.items):
         raise BadInputError(
             f"no interactions are left: {made.core_interactions:,} good rows of {made.core_users:,} users have "
             f"no core with interactions.min_user_interactions={config.min_user_interactions} and "
             f"interactions.min_item_interactions={config.min_item_interactions}; lower these or give more"
         )
-    if not len(log.split_users()):
+
+
+def _require_targets(log: InteractionLog) -> None:
+    for split in SPLITS:
+        if len(log.split_users(split)):
+            continue
+        if log.cuts is None:
+            raise BadInputError(
+                f"none of {log.num_users:,} users has {MIN_SPLIT_LENGTH} interactions (the most is "
+                f"{int(np.diff(log.offsets).max())}), so there is nothing to hold out; give longer histories"
+            )
         raise BadInputError(
-            f"none of {log.num_users:,} users has {MIN_SPLIT_LENGTH} interactions (the most is "
-            f"{int(np.diff(log.offsets).max())}), so there is nothing to hold out; give longer histories"
+            f"none of {log.num_users:,} users was active before {as_date(log.cuts[0])} and in the {split} period "
+            f"(from {as_date(log.cuts[SPLITS.index(split)])}); use interactions.split='leave_one_out' or another "
+            "interactions.withheld_fraction"
         )
+
+
+def as_date(microseconds: int) -> str:
+    """ISO 8601, UTC."""
+    return datetime.fromtimestamp(microseconds / 1e6, tz=timezone.utc).isoformat(timespec="seconds")
 
 
 def _digest(path: str) -> str:
@@ -210,7 +236,7 @@ def _show(report: PrepareReport, config: InteractionsConfig) -> None:
         lines.append(f"titles cut to interactions.max_title_chars={config.max_title_chars}: {report.titles_cut:,}")
     lines.append(
         f"{report.users:,} users, {report.items:,} items, {report.interactions:,} interactions; "
-        f"{report.split_users:,} users have a validation and a test target"
+        f"{report.split_users:,} users have a test target"
     )
     for line in lines:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -63,7 +63,7 @@ def jobs(log: InteractionLog, split: Split | Literal["train"], config: LLMConfig
     if split == "train":
         windows = export_windows(log.train_lengths(), config)
         return [window_row(log, windows, index) for index in range(len(windows))]
-    users = log.split_users()
+    users = log.split_users(split)
     targets = log.targets(users, split)
     return [
         Row(np.asarray(log.history(user, split)[-config.max_history :]), targets[index : index + 1], user=user)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.batches import SPLITS, Catalogue, InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.estimates import Estimate, anonymous_memory, seconds_per_call
 from ctd_scale.llm.backbone import hidden_size, load_text_tokenizer
@@ -41,7 +41,7 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
     trained, exported = training_windows(sampled, settings, config.seed, 0), export_windows(sampled, settings)
     read_in_training = scale * float((block * trained.lengths).sum())
     prefixes = scale * float((exported.lengths - exported.firsts).sum())
-    histories = 2 * len(log.split_users())
+    histories = sum(len(log.split_users(split)) for split in SPLITS)
     typical = max(1, round(float(trained.lengths.mean())) if len(trained) else 1)
     read_in_export = scale * float((block * exported.lengths).sum()) + histories * block * typical
 

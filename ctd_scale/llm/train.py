@@ -67,6 +67,7 @@ def train_llm(run: Run, config: RunConfig, config_hash: str) -> None:
         "max_title_tokens": config.llm.max_title_tokens,
         "use_user_tokens": config.llm.use_user_tokens,
         **json.loads((export / FACTS).read_text()),
+        **training.usage(run, "llm"),
     }
     (export / FACTS).unlink()
     with run.publish("models/llm", config_hash=config_hash, inputs=inputs, facts=facts) as folder:

@@ -45,6 +45,7 @@ def train_tokenizer(run: Run, config: RunConfig, config_hash: str, token_dim: in
     facts = {
         "num_ways": config.tokenizer.num_ways,
         "token_dim": token_dim,
+        **training.usage(run, "tokenizer"),
         **{
             f"{side}_reconstruction_cosine": reconstruction_cosine(models[side], getattr(embeddings, side))
             for side in SIDES

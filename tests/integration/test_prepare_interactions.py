@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from ctd_scale.artifacts import Run, file_digest
-from ctd_scale.batches import InteractionLog, read_table
+from ctd_scale.batches import SPLITS, InteractionLog, read_table
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.prepare import PrepareReport, input_digests, prepare_interactions
 from ctd_scale.interactions.schema import BadInputError
@@ -322,3 +322,17 @@ def test_movielens_from_its_wheel(run: Run) -> None:
     assert (report.users, report.items, report.interactions) == (943, 1_682, 100_000)
     assert report.split_users == 943
     assert report.quarantined == {}
+
+
+def test_a_split_in_time_needs_times_and_is_published(tmp_path: Path, data_dir: Path) -> None:
+    options = {"split": "global_time", "data_dir": str(data_dir)}
+    run = Run(str(tmp_path), "run")
+    prepare_interactions(InteractionsConfig(dataset="ml-100k", **options), run, "key")
+    log = InteractionLog.load(run.fetch("interactions").path)
+    assert log.cuts is not None
+    assert log.times is not None
+    assert (np.asarray(log.times) >= log.cuts[1]).mean() == pytest.approx(0.1, abs=1e-3)
+    for split in SPLITS:
+        assert len(log.split_users(split)) > 50
+    with pytest.raises(BadInputError, match="'position' orders each user's items alone"):
+        prepare_interactions(InteractionsConfig(dataset="lastfm", **options), Run(str(tmp_path), "other"), "key")

@@ -9,6 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from ctd_scale.artifacts import Run
+from ctd_scale.baselines.train import WEIGHTS as BASELINE_WEIGHTS
+from ctd_scale.baselines.train import train_baseline
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Preferences
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.diffusion.train import WEIGHTS, train_diffusion
@@ -50,7 +52,14 @@ def config_for(workers: int) -> RunConfig:
     resources = {"num_workers": workers, "threads_per_worker": 1}
     graph = {"embed_dim": DIM, "fanout": [3, 2], "epochs": 4, "batch_size": 32}
     diffusion = {"hidden_dim": 16, "num_blocks": 1, "dropout": 0.0, "epochs": 3, "batch_size": 64, "num_negatives": 4}
-    values = {"graph": graph, "diffusion": diffusion, "resources": {"graph": resources, "diffusion": resources}}
+    # Batches that do not divide by two: a worker of the last one may have nothing to do.
+    baseline = {"embed_dim": DIM, "dropout": 0.0, "epochs": 2, "batch_size": 29, "max_history": 6}
+    values = {
+        "graph": graph,
+        "diffusion": diffusion,
+        "baselines": {"bsarec": baseline},
+        "resources": dict.fromkeys(("graph", "diffusion", "baselines"), resources),
+    }
     return validate_config(values, source="test")
 
 
@@ -74,5 +83,15 @@ def test_diffusion(tmp_path: Path) -> None:
         run = make_run(tmp_path, f"workers{workers}")
         train_diffusion(run, config_for(workers), "key", vectors)
         learned.append(load_file(run.fetch("models/diffusion").path / WEIGHTS))
+    for name, values in learned[0].items():
+        np.testing.assert_allclose(values, learned[1][name], atol=2e-4, err_msg=name)
+
+
+def test_a_baseline(tmp_path: Path) -> None:
+    learned = []
+    for workers in (1, 2):
+        run = make_run(tmp_path, f"workers{workers}")
+        train_baseline("bsarec", run, config_for(workers), "key")
+        learned.append(load_file(run.fetch("baselines/bsarec").path / BASELINE_WEIGHTS))
     for name, values in learned[0].items():
         np.testing.assert_allclose(values, learned[1][name], atol=2e-4, err_msg=name)

@@ -1,0 +1,234 @@
+"""`ctd bench quality`: any models on any ready-made sets, over seeds, in one table under one protocol.
+
+Each (set, seed) is a run of its own, `{storage}/{set}-{seed}`, whose stages are resumed and skipped like those of any
+run. A baseline's ranks are an artifact of that run, `ranks/NAME`; the chain's are those that `evaluate` publishes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from ctd_scale import training
+from ctd_scale.artifacts import Artifact, Run, write_text
+from ctd_scale.baselines.scorers import SCORERS
+from ctd_scale.baselines.train import MAKERS
+from ctd_scale.batches import SPLITS, InteractionLog, Split
+from ctd_scale.config import ConfigError, RunConfig, load_config
+from ctd_scale.evaluate import METRICS, protocol_of, rank_baseline
+from ctd_scale.pipeline import Stage, run_pipeline, run_stage, stage_named
+from ctd_scale.ranking import load_ranks, save_ranks
+
+# Of the chain; `full_text` only where texts are generated.
+CHAIN = ("single_draw", "draws", "error", "preference", "fused_draws", "fused_error", "fused_both", "full", "full_text")
+RESAMPLES = 2000
+RANKS, ROWS = "ranks-{split}.parquet", "rows.json"
+METRIC = "ndcg@10"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on one set with one seed, on one split: metrics, cost, and each user's NDCG@10."""
+
+    model: str
+    split: Split
+    seed: int
+    metrics: dict[str, float]
+    training_seconds: float | None
+    peak_memory_mb: float | None
+    gains: Float64[ndarray, "users"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model on a set: mean and spread over the seeds, and how far it is from the reference, over the same users."""
+
+    dataset: str
+    splitting: str
+    mask_seen: bool
+    users: int
+    items: int
+    model: str
+    split: Split
+    seeds: list[int]
+    mean: dict[str, float]
+    spread: dict[str, float]
+    training_seconds: float | None
+    peak_memory_mb: float | None
+    reference: str
+    difference: float
+    interval: tuple[float, float]
+
+
+def compare(
+    dataset: str, models: Sequence[str], seeds: Sequence[int], storage: str, overrides: Sequence[str], reference: str
+) -> list[Row]:
+    """Train and rank what is missing, then the rows of one set. `reference` "" is the best on validation.
+
+    Raises ConfigError: an unknown model, or a reference that is not among the models.
+    """
+    unknown = [name for name in (*models, *filter(None, [reference])) if name not in (*SCORERS, *CHAIN)]
+    if unknown:
+        raise ConfigError(f"no model {unknown[0]!r}; models: {', '.join((*SCORERS, *CHAIN))}")
+    if reference and reference not in models:
+        raise ConfigError(f"the reference {reference!r} is not among the models {', '.join(models)}")
+    measured: list[Measured] = []
+    protocol: dict[str, Any] = {}
+    for seed in seeds:
+        config = load_config(dataset, [*overrides, f"seed={seed}"])
+        run = Run(storage, f"{Path(dataset).stem}-{seed}")
+        training.console.print(f"{dataset}, seed {seed}: [bold]{run.url}[/]", highlight=False)
+        measured += measure(run, config, models)
+        protocol = protocol_of(run.fetch("interactions"), config, config.evaluation.mask_seen)
+    if not reference:
+        scores = {name: _mean(measured, name, "validation") for name in models}
+        reference = max(models, key=lambda name: scores[name])
+    return [_row(measured, protocol, name, split, list(seeds), reference) for split in SPLITS for name in models]
+
+
+def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured]:
+    """Everything about the models of one run; what it lacks is made."""
+    run.write_config(config)
+    found: list[Measured] = []
+    if any(name in CHAIN for name in models):
+        run_pipeline(run, config)
+    else:
+        run_stage(stage_named("prepare_interactions"), run, config)
+    for name in (name for name in models if name in SCORERS):
+        if name == "lightgcn":
+            run_stage(stage_named("train_graph"), run, config)
+        if name in MAKERS:
+            run_stage(stage_named(f"train_{name}"), run, config)
+        run_stage(rank_stage(name), run, config)
+        found += _measured(run, config, f"ranks/{name}", [name])
+    chain = [name for name in models if name in CHAIN]
+    return [*found, *(_measured(run, config, "metrics", chain) if chain else [])]
+
+
+def rank_stage(name: str) -> Stage:
+    """Ranks of a baseline as a stage: skipped where nothing it depends on changed."""
+    made_from = {"lightgcn": ("embeddings",), **{trained: (f"baselines/{trained}",) for trained in MAKERS}}
+    own = (f"baselines.{name}",) if name in (*MAKERS, "item_knn") else ()
+    return Stage(
+        f"rank_{name}",
+        partial(_rank, name),
+        ("evaluation", *own),
+        ("interactions", *made_from.get(name, ())),
+        (f"ranks/{name}",),
+    )
+
+
+def _rank(name: str, run: Run, config: RunConfig, config_hash: str) -> None:
+    interactions = run.fetch("interactions")
+    log, mask_seen = InteractionLog.load(interactions.path), config.evaluation.mask_seen
+    rows: list[dict[str, Any]] = []
+    inputs = {interactions.name: interactions.digest}
+    facts: dict[str, Any] = {}
+    for trained in ("embeddings",) if name == "lightgcn" else (f"baselines/{name}",) if name in MAKERS else ():
+        artifact = run.fetch(trained)
+        inputs[artifact.name] = artifact.digest
+        facts |= _cost(artifact)
+    with run.publish(f"ranks/{name}", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
+        for split in SPLITS:
+            ranks = rank_baseline(name, run, config, split, mask_seen)
+            rows.append({"model": name, "split": split, **ranks.summary(log.num_items)})
+            save_ranks(log.split_users(split), {name: ranks.ranks}, folder / RANKS.format(split=split))
+        write_text(folder / ROWS, json.dumps({"rows": rows}, indent=2) + "\n")
+
+
+def _measured(run: Run, config: RunConfig, name: str, models: Iterable[str]) -> list[Measured]:
+    artifact = run.fetch(name)
+    chain = name == "metrics"
+    rows = json.loads((artifact.path / ("evaluation.json" if chain else ROWS)).read_text())["rows"]
+    by_model = {(row["model"], row["split"]): row for row in rows}
+    cost = _chain_cost(run) if chain else _cost(artifact)
+    found = []
+    for split in SPLITS:
+        ranks = load_ranks(artifact.path / (f"evaluation-{split}.parquet" if chain else RANKS.format(split=split)))
+        for model in models:
+            if (model, split) not in by_model:
+                raise ConfigError(f"{run.url} has no {model!r}; it needs llm.generate_texts=true")
+            row = by_model[model, split]
+            metrics = {key: row[key] for key in (*METRICS, "seconds")}
+            gains = np.where(ranks[model] <= 10, 1 / np.log2(ranks[model].astype(np.float64) + 1), 0.0)
+            found.append(
+                Measured(
+                    model, split, config.seed, metrics, cost.get("training_seconds"), cost.get("peak_memory_mb"), gains
+                )
+            )
+    return found
+
+
+def _cost(artifact: Artifact) -> dict[str, float]:
+    facts = artifact.manifest["facts"]
+    return {key: facts[key] for key in ("training_seconds", "peak_memory_mb") if key in facts}
+
+
+def _chain_cost(run: Run) -> dict[str, float]:
+    """All stages of the chain that train: their seconds together, the largest memory of one."""
+    costs = [_cost(run.fetch(name)) for name in ("embeddings", "models/tokenizer", "models/llm", "models/diffusion")]
+    known = [cost for cost in costs if cost]
+    if not known:
+        return {}
+    return {
+        "training_seconds": round(sum(cost["training_seconds"] for cost in known), 1),
+        "peak_memory_mb": max(cost["peak_memory_mb"] for cost in known),
+    }
+
+
+def _mean(measured: Iterable[Measured], model: str, split: Split) -> float:
+    return float(np.mean([each.metrics[METRIC] for each in measured if (each.model, each.split) == (model, split)]))
+
+
+def _row(
+    measured: Sequence[Measured], protocol: Mapping[str, Any], model: str, split: Split, seeds: list[int], against: str
+) -> Row:
+    own = [each for each in measured if (each.model, each.split) == (model, split)]
+    others = [each for each in measured if (each.model, each.split) == (against, split)]
+    table = {key: np.array([each.metrics[key] for each in own]) for key in (*METRICS, "seconds")}
+    differences = np.mean([each.gains for each in own], axis=0) - np.mean([each.gains for each in others], axis=0)
+
+    def mean_of(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return round(float(np.mean(known)), 1) if known else None
+
+    return Row(
+        dataset=str(protocol["dataset"]),
+        splitting=str(protocol["split"]).partition(";")[0],
+        mask_seen=bool(protocol["mask_seen"]),
+        users=int(protocol["users"]),
+        items=int(protocol["items"]),
+        model=model,
+        split=split,
+        seeds=seeds,
+        mean={key: float(values.mean()) for key, values in table.items()},
+        spread={key: float(values.std()) for key, values in table.items()},
+        training_seconds=mean_of([each.training_seconds for each in own]),
+        peak_memory_mb=mean_of([each.peak_memory_mb for each in own]),
+        reference=against,
+        difference=float(differences.mean()),
+        interval=bootstrap_interval(differences),
+    )
+
+
+def bootstrap_interval(differences: Float64[ndarray, "users"], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean by resampling users: paired, because each difference is between two models on the
+    same user (Efron, 1979; percentiles of the resampled means)."""
+    random = np.random.default_rng((seed, 50))
+    users = len(differences)
+    means = [float(differences[random.integers(0, users, users)].mean()) for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows as plain values."""
+    return [asdict(row) for row in rows]

@@ -1,0 +1,123 @@
+"""What `ctd bench quality` writes: JSON with every row, a table in Markdown and a picture made from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ctd_scale.artifacts import write_text
+from ctd_scale.batches import SPLITS
+from ctd_scale.environment import machine, versions
+from ctd_scale.evaluate import METRICS
+from ctd_scale.training import console
+
+PROTOCOL = ("dataset", "splitting", "mask_seen")
+SAME = (*PROTOCOL, "model", "split")
+
+
+def merged(file: Path, rows: Sequence[dict[str, Any]], command: str) -> list[dict[str, Any]]:
+    """Rows of the file with these in the place of those that they replace; each carries where it was measured."""
+    about = {"machine": machine(), "versions": versions(), "command": command}
+    old = json.loads(file.read_text()) if file.exists() else []
+    new = [{**row, **about} for row in rows]
+    replaced = {tuple(row[key] for key in SAME) for row in new}
+    return [*(row for row in old if tuple(row[key] for key in SAME) not in replaced), *new]
+
+
+def write_quality(rows: Sequence[dict[str, Any]], target: Path, command: str) -> None:
+    """`target` (.md) with `.json` and `.png` of the same name beside it. Rows of other sets, protocols or models that
+    are already there stay."""
+    file = target.with_suffix(".json")
+    together = merged(file, rows, command)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(together, indent=1) + "\n")
+    write_text(target, markdown(together, target.with_suffix(".png").name))
+    draw(together, target.with_suffix(".png"))
+
+
+def markdown(rows: Sequence[dict[str, Any]], picture: str) -> str:
+    """One section a set and protocol; test first, then what validation said."""
+    lines = ["# Quality", "", f"![NDCG@10 on test]({picture})", ""]
+    for title, chosen in _grouped(rows).items():
+        first = chosen[0]
+        lines += [
+            f"## {title}",
+            "",
+            f"{first['users']:,} test users, {first['items']:,} items, all of them ranked; what is "
+            "chosen at all is chosen on validation. ± is the standard deviation over the seeds. The last column is "
+            f"NDCG@10 minus that of `{first['reference']}` with its 95 % interval (paired bootstrap over users).",
+            "",
+        ]
+        for split in reversed(SPLITS):
+            heads = ["model", "seeds", *METRICS, "training s", "memory MB", "ranking s", f"- {first['reference']}"]
+            lines += [f"{split.capitalize()}:", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+            ordered = sorted(
+                (row for row in chosen if row["split"] == split), key=lambda row: -float(row["mean"]["ndcg@10"])
+            )
+            lines += ["| " + " | ".join(_cells(row)) + " |" for row in ordered]
+            lines.append("")
+    commands = sorted({row["command"] for row in rows})
+    machines = sorted({row["machine"] for row in rows})
+    lines += ["Measured by", "", *(f"- `{command}`" for command in commands), "", f"on {'; '.join(machines)}; "]
+    lines[-1] += ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items()) + ".\n"
+    return "\n".join(lines)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """The same on the terminal."""
+    for title, chosen in _grouped(rows).items():
+        for split in SPLITS:
+            console.print(f"{title}, [bold]{split}[/]", highlight=False)
+            table = Table()
+            for head in ("model", "seeds", *METRICS, "training s", "memory MB", "ranking s", "difference"):
+                table.add_column(head, justify="left" if head == "model" else "right")
+            for row in chosen:
+                if row["split"] == split:
+                    table.add_row(*_cells(row))
+            console.print(table)
+
+
+def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """NDCG@10 on test, one panel a set and protocol, with the spread over seeds."""
+    try:
+        import matplotlib
+    except ImportError:
+        console.print("no picture: pip install 'ctd-scale[bench]' brings matplotlib", style="yellow")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = _grouped([row for row in rows if row["split"] == "test"])
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(4.5 * len(groups), 5), squeeze=False)
+    for panel, (title, chosen) in zip(panels[0], groups.items(), strict=True):
+        ordered = sorted(chosen, key=lambda row: float(row["mean"]["ndcg@10"]))
+        values = [row["mean"]["ndcg@10"] for row in ordered]
+        errors = [row["spread"]["ndcg@10"] for row in ordered]
+        panel.barh([row["model"] for row in ordered], values, xerr=errors)
+        panel.set_title(title.replace(", ", "\n"), fontsize=9)
+        panel.set_xlabel("NDCG@10, test")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def _grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by their protocol, said in words."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        seen = "masked" if row["mask_seen"] else "kept"
+        groups.setdefault(f"{row['dataset']}, {row['splitting']}, seen items {seen}", []).append(row)
+    return groups
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    several = len(row["seeds"]) > 1
+    values = [f"{row['mean'][name]:.4f}" + (f" ± {row['spread'][name]:.4f}" if several else "") for name in METRICS]
+    low, high = row["interval"]
+    against = "" if row["model"] == row["reference"] else f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    cost = ["" if row[key] is None else f"{row[key]:,.0f}" for key in ("training_seconds", "peak_memory_mb")]
+    return [row["model"], str(len(row["seeds"])), *values, *cost, f"{row['mean']['seconds']:.1f}", against]

@@ -1,0 +1,70 @@
+"""Full-catalogue ranking of withheld items, a chunk of users at a time: whatever gives scores is ranked alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Float64, Int32
+from numpy import ndarray
+
+from ctd_scale.batches import InteractionLog, Split, read_table, write_table
+from ctd_scale.metrics import summarise, target_ranks, top_k
+
+# (user indices, their histories) -> scores [batch, items], higher is better.
+Scorer = Callable[[ndarray, list[ndarray]], Float32[ndarray, "batch items"]]
+TOP = 10
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where each user's withheld item came (1-based, inf where it cannot come), and the first ten items shown."""
+
+    ranks: Float64[ndarray, "users"]
+    top: Int32[ndarray, "users 10"]
+    seconds: float
+
+    def summary(self, num_items: int) -> dict[str, float]:
+        """Metrics over the users, and the seconds that ranking took."""
+        return {**summarise(self.ranks, self.top, num_items), "seconds": round(self.seconds, 3)}
+
+
+def rank_targets(log: InteractionLog, scorer: Scorer, split: Split, *, mask_seen: bool, chunk_users: int) -> Ranks:
+    """Rank the split's withheld items. Memory: one chunk of `chunk_users x items` scores.
+
+    With `mask_seen` the items of a user's history cannot come back; a target among them has rank inf.
+    """
+    started, users = time.perf_counter(), log.split_users(split)
+    ranks, top = [], []
+    for start in range(0, len(users), chunk_users):
+        chunk = users[start : start + chunk_users]
+        histories = [np.asarray(log.history(int(user), split)) for user in chunk]
+        scores = np.array(scorer(chunk, histories), np.float32)
+        if mask_seen:
+            lengths = [len(history) for history in histories]
+            scores[np.repeat(np.arange(len(chunk)), lengths), np.concatenate(histories)] = -np.inf
+        ranks.append(target_ranks(scores, log.targets(chunk, split)))
+        top.append(padded(top_k(scores, TOP)[0]))
+    return Ranks(np.concatenate(ranks), np.concatenate(top), time.perf_counter() - started)
+
+
+def padded(ids: Int32[ndarray, "batch k"]) -> Int32[ndarray, "batch 10"]:
+    """Exactly ten columns, -1 where there are fewer items."""
+    width = max(0, TOP - ids.shape[1])
+    return np.pad(ids[:, :TOP], ((0, 0), (0, width)), constant_values=-1).astype(np.int32)
+
+
+def save_ranks(users: ndarray, ranks: Mapping[str, Iterable[float]], file: Path) -> None:
+    """One column of ranks per model, one row per user: what a comparison over the same users needs."""
+    columns = {name: pa.array(np.asarray(values, np.float32)) for name, values in ranks.items()}
+    write_table(pa.table({"user_index": pa.array(users), **columns}), file)
+
+
+def load_ranks(file: Path) -> dict[str, Float32[ndarray, "users"]]:
+    """What `save_ranks` wrote, `user_index` included."""
+    table = read_table(file)
+    return {name: table[name].to_numpy() for name in table.column_names}

@@ -1,0 +1,111 @@
+"""Every trained baseline finds a planted truth, keeps its best epoch, and goes on after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ctd_scale.baselines.train import MAKERS, WEIGHTS, scorer_of, train_loop
+from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.config import BaselinesConfig
+from ctd_scale.ranking import rank_targets
+
+USERS, ITEMS = 60, 20
+SEQUENTIAL = {"embed_dim": 16, "max_history": 8, "dropout": 0.1, "batch_size": 32, "learning_rate": 0.01}
+
+
+def circles() -> InteractionLog:
+    """Users go round one of two circles of ten items, from a place of their own: even items only, or odd ones only.
+    What a sequence model must find is the next item; what matrix factorisation can find is the circle."""
+    random = np.random.default_rng(0)
+    sequences = []
+    for user in range(USERS):
+        start, length = int(random.integers(0, 10)), int(random.integers(6, 9))
+        sequences.append([2 * ((start + step) % 10) + user % 2 for step in range(length)])
+    names = [str(item) for item in range(ITEMS)]
+    return InteractionLog(
+        np.concatenate([[0], np.cumsum([len(sequence) for sequence in sequences])]).astype(np.int64),
+        np.concatenate(sequences).astype(np.int32),
+        [str(user) for user in range(USERS)],
+        Catalogue(names, names, [""] * ITEMS),
+    )
+
+
+def arguments_for(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
+    own = {"embed_dim": 8, "batch_size": 64, "learning_rate": 0.02} if name == "bpr_mf" else SEQUENTIAL
+    config = BaselinesConfig.model_validate({name: {"epochs": 60, "validate_every": 2, **own, **changes}})
+    return {
+        "name": name,
+        "config": config.model_dump(),
+        "mask_seen": True,
+        "seed": 0,
+        "interactions": str(folder),
+    }
+
+
+def trained(name: str, arguments: dict[str, Any], log: InteractionLog, export: Path) -> torch.nn.Module:
+    config = getattr(BaselinesConfig.model_validate(arguments["config"]), name)
+    model = MAKERS[name](log, config, 0).model
+    model.load_state_dict(load_file(export / WEIGHTS))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "least"), [("bpr_mf", 0.9), ("sasrec", 0.95), ("bsarec", 0.95)])
+def test_the_withheld_item_ranks_where_the_truth_puts_it(
+    name: str, least: float, tmp_path: Path, one_worker: Any
+) -> None:
+    """Sequence models: the next item is first. Matrix factorisation: it is among the circle's."""
+    log = circles()
+    log.save(tmp_path)
+    arguments = arguments_for(name, tmp_path)
+    model = trained(name, arguments, log, one_worker.run(train_loop, arguments))
+    ranks = rank_targets(log, scorer_of(model), "test", mask_seen=True, chunk_users=16)
+    worst = 10 if name == "bpr_mf" else 1
+    assert (ranks.ranks <= worst).mean() >= least
+    if name == "bpr_mf":
+        even = np.arange(ITEMS) % 2 == 0
+        scores = scorer_of(model)(np.arange(USERS), [np.zeros(1, np.int32)] * USERS)
+        own = np.where(even[None] == (np.arange(USERS) % 2 == 0)[:, None], scores, np.nan)
+        other = np.where(even[None] != (np.arange(USERS) % 2 == 0)[:, None], scores, np.nan)
+        assert (np.nanmean(own, axis=1) > np.nanmax(other, axis=1)).mean() >= least
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(name: str, tmp_path: Path, one_worker: Any) -> None:
+    log = circles()
+    log.save(tmp_path)
+    arguments = arguments_for(name, tmp_path, epochs=7)
+    whole = load_file(one_worker.run(train_loop, arguments) / WEIGHTS)
+    losses = [curve["loss"] for curve in one_worker.curves]
+    one_worker.restart(die_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        one_worker.run(train_loop, arguments)
+    resumed = load_file(one_worker.run(train_loop, arguments) / WEIGHTS)
+    np.testing.assert_allclose([curve["loss"] for curve in one_worker.curves], losses, atol=1e-6)
+    for key, values in whole.items():
+        torch.testing.assert_close(resumed[key], values, atol=1e-6, rtol=0)
+
+
+def test_the_best_epoch_is_kept_and_training_stops_without_progress(
+    tmp_path: Path, one_worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = circles()
+    log.save(tmp_path)
+    said = iter([0.1, 0.3, 0.2, 0.3, 0.25])  # the second is the best; two more after it and training ends
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def validation(log: Any, model: torch.nn.Module, *_: Any) -> float:
+        seen.append({key: value.clone() for key, value in model.state_dict().items()})
+        return next(said)
+
+    monkeypatch.setattr("ctd_scale.baselines.train.validation_ndcg", validation)
+    arguments = arguments_for("sasrec", tmp_path, validate_every=1, patience=2)
+    kept = load_file(one_worker.run(train_loop, arguments) / WEIGHTS)
+    assert len(seen) == 4
+    for key, values in kept.items():
+        torch.testing.assert_close(values, seen[1][key])

@@ -1,0 +1,115 @@
+"""SASRec and BSARec: what they see, what they are trained on, and against plain computations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctd_scale.baselines.sequential import NOTHING, SequenceModel, low_pass_matrix, samples, sequential_task
+from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.config import BSARecConfig, SequentialConfig
+
+ITEMS = 15
+SMALL = {"embed_dim": 16, "num_heads": 2, "max_history": 6, "dropout": 0.0, "batch_size": 8}
+CONFIGS = [SequentialConfig(**SMALL), BSARecConfig(**SMALL)]
+both = pytest.mark.parametrize("config", CONFIGS, ids=["sasrec", "bsarec"])
+
+
+def made(config: SequentialConfig) -> SequenceModel:
+    torch.manual_seed(0)
+    model = SequenceModel(ITEMS, config)
+    for parameter in model.parameters():  # as initialised, all states are nearly alike
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+def random_log() -> InteractionLog:
+    random = np.random.default_rng(0)
+    lengths = np.array([2, 3, 5, 9, 20, 14])
+    names = [str(item) for item in range(ITEMS)]
+    return InteractionLog(
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        random.integers(0, ITEMS, lengths.sum()).astype(np.int32),
+        [str(user) for user in range(len(lengths))],
+        Catalogue(names, names, [""] * ITEMS),
+    )
+
+
+@pytest.mark.parametrize("length", [6, 7, 50])
+@pytest.mark.parametrize("frequencies", [1, 3])
+def test_the_low_pass_is_that_of_the_fourier_transform(length: int, frequencies: int) -> None:
+    states = torch.randn(4, length, 3)
+    spectrum = torch.fft.rfft(states, dim=1, norm="ortho")
+    spectrum[:, frequencies:] = 0
+    expected = torch.fft.irfft(spectrum, n=length, dim=1, norm="ortho")
+    torch.testing.assert_close(low_pass_matrix(length, frequencies) @ states, expected, atol=1e-5, rtol=1e-4)
+
+
+@both
+def test_padding_changes_nothing(config: SequentialConfig) -> None:
+    """Alone, in a batch with longer histories, and cut to the places that there are."""
+    model, users = made(config), np.zeros(1, np.int64)
+    histories = [np.array([3, 1], np.int32), np.arange(9, dtype=np.int32), np.array([4], np.int32)]
+    with torch.inference_mode():
+        together = model.score(np.zeros(3, np.int64), histories)
+        for history, row in zip(histories, together, strict=True):
+            torch.testing.assert_close(model.score(users, [history])[0], row, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.score(users, [histories[1]]), model.score(users, [histories[1][-config.max_history :]])
+        )
+
+
+def test_sasrec_hears_nothing_of_what_follows_and_bsarec_does() -> None:
+    one, other = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 9]])
+    for config, same in zip(CONFIGS, (True, False), strict=True):
+        model = made(config)
+        with torch.inference_mode():
+            states = [model.encode(items)[:, :3] for items in (one, other)]
+        assert torch.allclose(*states, atol=1e-6) is same
+
+
+@both
+def test_every_prefix_is_supervised_once_and_sees_only_what_was_before(config: SequentialConfig) -> None:
+    log = random_log()
+    task = sequential_task(log, config, seed=0)
+    found = []
+    for step in task.steps(0):
+        items, targets = task.collate(step, np.random.default_rng(0))
+        assert task.supervised((items, targets)) == int((targets != NOTHING).sum())
+        for row, wanted in zip(items.numpy(), targets.numpy(), strict=True):
+            for place in np.flatnonzero(wanted != NOTHING):
+                # BSARec's filter hears the end of the row: nothing may follow the supervised place.
+                assert config.alpha == 0 or place == len(row) - 1
+                found.append((tuple(row[: place + 1][row[: place + 1] != ITEMS]), int(wanted[place])))
+    expected = []
+    for user in range(log.num_users):
+        sequence = np.asarray(log.train_sequence(user))
+        expected += [(user, end) for end in range(1, len(sequence))]
+        for end in range(1, len(sequence)):
+            seen = [pair for pair in found if pair[1] == sequence[end] and pair[0][-1] == sequence[end - 1]]
+            assert any(pair[0] == tuple(sequence[end - len(pair[0]) : end]) for pair in seen)
+    assert len(found) == len(expected)
+
+
+def test_windows_of_sasrec_do_not_supervise_twice() -> None:
+    config = SequentialConfig(**SMALL)
+    users, ends, firsts = samples(np.array([20]), config)
+    covered = sorted(place for end, first in zip(ends, firsts, strict=True) for place in range(first, end))
+    assert covered == list(range(19))
+    assert set(users) == {0}
+
+
+@both
+def test_the_loss_is_the_cross_entropy_of_the_scores(config: SequentialConfig) -> None:
+    model, log = made(config), random_log()
+    task = sequential_task(log, config, seed=0)
+    items, targets = task.collate(task.steps(0)[0], np.random.default_rng(0))
+    loss = model(items, targets)
+    logits = model.encode(items) @ model.items.weight[:ITEMS].T
+    wanted = targets != NOTHING
+    torch.testing.assert_close(loss, F.cross_entropy(logits[wanted], targets[wanted], reduction="sum"))
+    loss.backward()
+    assert model.items.weight.grad is not None
+    assert not model.items.weight.grad[ITEMS].any(), "padding is never learned"

@@ -1,0 +1,78 @@
+"""The split at two times that are the same for all users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctd_scale.batches import SPLITS, Catalogue, InteractionLog
+from ctd_scale.interactions import split
+from ctd_scale.interactions.split import time_cuts
+
+USERS, ITEMS = 40, 15
+
+
+def random_log(cuts: tuple[int, int] | None) -> InteractionLog:
+    random = np.random.default_rng(0)
+    lengths = random.integers(0, 12, USERS)
+    times = [np.sort(random.integers(0, 1000, length)) for length in lengths]
+    names = [str(item) for item in range(ITEMS)]
+    return InteractionLog(
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        random.integers(0, ITEMS, lengths.sum()).astype(np.int32),
+        [str(user) for user in range(USERS)],
+        Catalogue(names, names, [""] * ITEMS),
+        np.concatenate(times).astype(np.int64),
+        cuts,
+    )
+
+
+def test_every_part_is_what_a_plain_filter_gives() -> None:
+    cuts = (700, 850)
+    log = random_log(cuts)
+    assert log.times is not None
+    found = {name: set(log.split_users(name).tolist()) for name in SPLITS}
+    assert found["validation"] != found["test"]
+    for user in range(USERS):
+        own = slice(int(log.offsets[user]), int(log.offsets[user + 1]))
+        rows = list(zip(log.times[own].tolist(), log.items[own].tolist(), strict=True))
+        training = [item for time, item in rows if time < cuts[0]]
+        assert log.train_sequence(user).tolist() == training
+        assert log.train_lengths()[user] == len(training)
+        for name, start, end in (("validation", *cuts), ("test", cuts[1], np.inf)):
+            within = [item for time, item in rows if start <= time < end]
+            assert (user in found[name]) == bool(training and within)
+            if user in found[name]:
+                assert log.history(user, name).tolist() == [item for time, item in rows if time < start]  # type: ignore[arg-type]
+                assert log.targets(np.array([user]), name).tolist() == within[:1]  # type: ignore[arg-type]
+    users, items = log.train_edges()
+    expected = [(user, item) for user in range(USERS) for item in log.train_sequence(user).tolist()]
+    assert list(zip(users.tolist(), items.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("cuts", [None, (700, 850)])
+def test_a_saved_log_is_split_alike(cuts: tuple[int, int] | None, tmp_path: Path) -> None:
+    log = random_log(cuts)
+    log.save(tmp_path)
+    loaded = InteractionLog.load(tmp_path)
+    assert loaded.cuts == cuts
+    for name in SPLITS:
+        np.testing.assert_array_equal(loaded.split_users(name), log.split_users(name))
+
+
+@pytest.mark.parametrize("withheld", [0.05, 0.2])
+def test_cuts_withhold_the_share_that_was_asked_for(withheld: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "CHUNK", 1000)
+    random = np.random.default_rng(0)
+    times = (1e15 + 1e14 * random.beta(2, 5, 50_000)).astype(np.int64)
+    validation, test = time_cuts(times, withheld)
+    assert (times >= test).mean() == pytest.approx(withheld, abs=1e-3)
+    assert ((times >= validation) & (times < test)).mean() == pytest.approx(withheld, abs=1e-3)
+
+
+def test_cuts_of_few_distinct_times() -> None:
+    times = np.repeat([10, 20, 30], [80, 10, 10])
+    assert time_cuts(times, 0.1) == (11, 21)
+    assert time_cuts(np.full(5, 7), 0.1) is not None

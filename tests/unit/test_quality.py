@@ -1,0 +1,84 @@
+"""What the quality table says is computed as it claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ctd_scale.config import ConfigError
+from ctd_scale.quality import METRICS, bootstrap_interval, compare
+from ctd_scale.quality_report import markdown, write_quality
+
+
+def test_the_bootstrap_agrees_with_the_normal_interval_of_many_users() -> None:
+    differences = np.random.default_rng(0).normal(0.02, 0.5, 20_000)
+    low, high = bootstrap_interval(differences)
+    half = 1.96 * differences.std() / np.sqrt(len(differences))
+    assert low == pytest.approx(differences.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(differences.mean() + half, abs=0.1 * half)
+    assert bootstrap_interval(differences) == (low, high), "the same data gives the same interval"
+
+
+def test_the_bootstrap_covers_the_truth_nineteen_times_in_twenty() -> None:
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        low, high = bootstrap_interval(random.exponential(1.0, 200) - 1.0)
+        covered += low <= 0 <= high
+    assert 88 <= covered <= 99
+
+
+@pytest.mark.parametrize(
+    ("models", "reference", "message"),
+    [(["popularity", "oracle"], "", "no model 'oracle'"), (["popularity"], "full", "not among the models")],
+)
+def test_an_unknown_model_is_refused_before_anything_runs(
+    models: list[str], reference: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare("debug", models, range(1), str(tmp_path), [], reference)
+    assert not list(tmp_path.iterdir())
+
+
+def row(model: str, ndcg: float, **changes: Any) -> dict[str, Any]:
+    numbers = dict.fromkeys((*METRICS, "seconds"), 0.1) | {"ndcg@10": ndcg}
+    return {
+        "dataset": "lastfm",
+        "splitting": "leave-one-out by order",
+        "mask_seen": True,
+        "users": 10,
+        "items": 20,
+        "model": model,
+        "split": "test",
+        "seeds": [0, 1],
+        "mean": numbers,
+        "spread": dict.fromkeys(numbers, 0.001),
+        "training_seconds": None,
+        "peak_memory_mb": 12.0,
+        "reference": "sasrec",
+        "difference": ndcg - 0.05,
+        "interval": (-0.01, 0.02),
+        **changes,
+    }
+
+
+def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(tmp_path: Path) -> None:
+    target = tmp_path / "quality.md"
+    write_quality([row("sasrec", 0.05), row("bsarec", 0.06)], target, "first")
+    write_quality([row("bsarec", 0.07), row("sasrec", 0.01, mask_seen=False)], target, "second")
+    stored = json.loads(target.with_suffix(".json").read_text())
+    found = {(each["model"], each["mask_seen"]): (each["mean"]["ndcg@10"], each["command"]) for each in stored}
+    assert found == {
+        ("sasrec", True): (0.05, "first"),
+        ("bsarec", True): (0.07, "second"),
+        ("sasrec", False): (0.01, "second"),
+    }
+    text = target.read_text()
+    assert "seen items masked" in text
+    assert "seen items kept" in text
+    assert text.index("| bsarec |") < text.index("| sasrec |"), "the best comes first"
+    assert "+0.0200 [-0.0100, +0.0200]" in text
+    assert text == markdown(stored, "quality.png")

@@ -1,0 +1,64 @@
+"""Ranking in chunks against the plain computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctd_scale.batches import Catalogue, InteractionLog, Split
+from ctd_scale.ranking import load_ranks, rank_targets, save_ranks
+
+USERS, ITEMS = 23, 8
+
+
+def random_log() -> InteractionLog:
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 7, USERS)
+    names = [str(item) for item in range(ITEMS)]
+    return InteractionLog(
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        random.integers(0, ITEMS, lengths.sum()).astype(np.int32),
+        [str(user) for user in range(USERS)],
+        Catalogue(names, names, [""] * ITEMS),
+    )
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("mask_seen", [True, False])
+def test_ranks_are_those_of_sorting_every_row(split: Split, mask_seen: bool) -> None:
+    """With ties, seen targets and fewer items than places in the list."""
+    log, table = random_log(), np.random.default_rng(1).integers(0, 4, (USERS, ITEMS)).astype(np.float32)
+    found = rank_targets(log, lambda users, _: table[users], split, mask_seen=mask_seen, chunk_users=5)
+    for user, rank, top in zip(log.split_users().tolist(), found.ranks, found.top, strict=True):
+        history = log.history(user, split).tolist()
+        hidden = set(history) if mask_seen else set()
+        target = int(log.targets(np.array([user]), split)[0])
+        places = [
+            1 + sum(table[user, other] > table[user, target] for other in range(ITEMS) if other not in hidden),
+            sum(table[user, other] >= table[user, target] for other in range(ITEMS) if other not in hidden),
+        ]
+        assert rank == (np.inf if target in hidden else np.mean(places))
+        shown = sorted((item for item in range(ITEMS) if item not in hidden), key=lambda item: -table[user, item])
+        assert top.tolist() == shown + [-1] * (10 - len(shown))
+
+
+def test_the_scorer_gets_the_histories_of_its_users_and_its_scores_are_left_alone() -> None:
+    log, table = random_log(), np.zeros((USERS, ITEMS), np.float32)
+
+    def scorer(users: np.ndarray, histories: list[np.ndarray]) -> np.ndarray:
+        for user, history in zip(users.tolist(), histories, strict=True):
+            np.testing.assert_array_equal(history, log.history(user, "test"))
+        return table[: len(users)]
+
+    rank_targets(log, scorer, "test", mask_seen=True, chunk_users=4)
+    assert not table.any()
+
+
+def test_saved_ranks_come_back(tmp_path: Path) -> None:
+    users, ranks = np.array([1, 4, 5]), {"one": [1.0, np.inf, 2.5], "other": [3.0, 1.0, 2.0]}
+    save_ranks(users, ranks, tmp_path / "ranks.parquet")
+    found = load_ranks(tmp_path / "ranks.parquet")
+    np.testing.assert_array_equal(found.pop("user_index"), users)
+    assert {name: values.tolist() for name, values in found.items()} == ranks
