@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ctd_scale.baselines.task import Task, by_length
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import SequentialConfig
-from ctd_scale.llm.losses import MAX_LOGITS, ChunkedCrossEntropy
+from ctd_scale.llm.losses import ChunkedCrossEntropy, logits_at_a_time
 
 NOTHING = -1  # a place without a target
 
@@ -134,7 +134,8 @@ class SequenceModel(nn.Module):
         """Cross-entropy over all items, summed over the places that have a target."""
         wanted = targets != NOTHING
         states = self.encode(items)[wanted]
-        loss: Tensor = ChunkedCrossEntropy.apply(states, self.items.weight[: self.padding], targets[wanted], MAX_LOGITS)
+        vectors = self.items.weight[: self.padding]
+        loss: Tensor = ChunkedCrossEntropy.apply(states, vectors, targets[wanted], logits_at_a_time(vectors))
         return loss
 
     def score(self, users: ndarray, histories: list[ndarray]) -> Float[Tensor, "batch items"]:

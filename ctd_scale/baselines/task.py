@@ -17,9 +17,12 @@ SORTED_BATCHES = 32
 
 @dataclass(frozen=True)
 class Task:
-    """A model and its epochs. `model(*batch)` is the loss summed over the samples, `model.score(users, histories)` the
-    scores [batch, items] of the whole catalogue. `steps(epoch)` gives the samples of each optimizer step, `collate` their tensors, whose
-    first axis is cut among the workers; `supervised` counts what the summed loss is divided by."""
+    """A model and its epochs.
+
+    `model(*batch)` is the loss summed over the samples, `model.score(users, histories)` the scores [batch, items] of
+    the whole catalogue. `steps(epoch)` gives the samples of each optimizer step, `collate` their tensors, whose first
+    axis is cut among the workers; `supervised` counts what the summed loss is divided by.
+    """
 
     model: torch.nn.Module
     steps: Callable[[int], list[ndarray]]
