@@ -143,6 +143,16 @@ class LLMConfig(Section):
     weight_decay: NotNegative = 0.01
     warmup_fraction: Fraction = 0.05
     gradient_clip: PositiveFloat = 1.0
+    item_tokens: Literal["kway", "projected", "none"] = Field(
+        "kway",
+        description="what stands beside a title: the tokenizer's K tokens, one token projected from the collaborative "
+        "embedding, or nothing",
+    )
+    token_schedule: Literal["always", "curriculum", "second_half"] = Field(
+        "always",
+        description="when item tokens are read in training: a share that grows from none to all (LLaRA), or none, and "
+        "then all with the backbone frozen (CoLLM)",
+    )
     token_dropout: Fraction = Field(0.0, description="share of items whose continuous tokens are dropped in training")
     item_vectors: Literal["learned", "collaborative"] = Field("learned", description="what the retriever searches")
     preference_dim: Positive = Field(64, description="C; equals graph.embed_dim when item_vectors = collaborative")

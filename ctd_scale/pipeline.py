@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.baselines.llm import VARIANTS, train_variant
 from ctd_scale.baselines.train import MAKERS, train_baseline
 from ctd_scale.batches import InteractionLog, Preferences
 from ctd_scale.calibrate import calibrate_ranking
@@ -106,17 +107,17 @@ STAGES = (
 )
 
 
-BASELINES = tuple(
-    Stage(
-        f"train_{name}",
-        partial(train_baseline, name),
-        (f"baselines.{name}", "evaluation"),
-        ("interactions",),
-        (f"baselines/{name}",),
-        name,
-    )
-    for name in MAKERS
-)
+def _baseline(name: str) -> Stage:
+    """What trains a baseline, as a stage of its own."""
+    make: Callable[[Run, RunConfig, str], object] = partial(train_baseline, name)
+    sections: tuple[str, ...] = (f"baselines.{name}", "evaluation")
+    inputs: tuple[str, ...] = ("interactions",)
+    if name in VARIANTS:
+        make, sections, inputs = partial(train_variant, name), ("llm",), ("interactions", "embeddings")
+    return Stage(f"train_{name}", make, sections, inputs, (f"baselines/{name}",), name)
+
+
+BASELINES = tuple(_baseline(name) for name in (*MAKERS, *VARIANTS))
 
 
 def stage_named(name: str) -> Stage:
@@ -168,6 +169,14 @@ def run_stage(stage: Stage, run: Run, config: RunConfig) -> bool:
         discard_checkpoints(run, stage.checkpoints)
     console.print(f"[green]✓[/] {stage.name} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
     return True
+
+
+def run_with_inputs(stage: Stage, run: Run, config: RunConfig) -> None:
+    """A stage, and before it every stage that makes what it reads."""
+    for maker in (*STAGES, *BASELINES):
+        if set(maker.outputs) & set(stage.inputs):
+            run_with_inputs(maker, run, config)
+    run_stage(stage, run, config)
 
 
 def run_pipeline(run: Run, config: RunConfig) -> None:

@@ -19,12 +19,13 @@ from numpy import ndarray
 
 from ctd_scale import training
 from ctd_scale.artifacts import Artifact, Run, write_text
+from ctd_scale.baselines.llm import VARIANTS
 from ctd_scale.baselines.scorers import SCORERS
 from ctd_scale.baselines.train import MAKERS
 from ctd_scale.batches import SPLITS, InteractionLog, Split
 from ctd_scale.config import ConfigError, RunConfig, load_config
 from ctd_scale.evaluate import METRICS, protocol_of, rank_baseline
-from ctd_scale.pipeline import Stage, run_pipeline, run_stage, stage_named
+from ctd_scale.pipeline import Stage, run_pipeline, run_with_inputs
 from ctd_scale.ranking import load_ranks, save_ranks
 
 # Of the chain; `full_text` only where texts are generated.
@@ -97,33 +98,26 @@ def compare(
 def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured]:
     """Everything about the models of one run; what it lacks is made."""
     run.write_config(config)
-    found: list[Measured] = []
-    if any(name in CHAIN for name in models):
-        run_pipeline(run, config)
-    else:
-        run_stage(stage_named("prepare_interactions"), run, config)
-    for name in (name for name in models if name in SCORERS):
-        if name == "lightgcn":
-            run_stage(stage_named("train_graph"), run, config)
-        if name in MAKERS:
-            run_stage(stage_named(f"train_{name}"), run, config)
-        run_stage(rank_stage(name), run, config)
-        found += _measured(run, config, f"ranks/{name}", [name])
     chain = [name for name in models if name in CHAIN]
-    return [*found, *(_measured(run, config, "metrics", chain) if chain else [])]
+    if chain:
+        run_pipeline(run, config)
+    found = _measured(run, config, "metrics", chain) if chain else []
+    for name in (name for name in models if name in SCORERS):
+        run_with_inputs(rank_stage(name), run, config)
+        found += _measured(run, config, f"ranks/{name}", [name])
+    return found
 
 
 def rank_stage(name: str) -> Stage:
     """Ranks of a baseline as a stage: skipped where nothing it depends on changed."""
-    made_from = {"lightgcn": ("embeddings",), **{trained: (f"baselines/{trained}",) for trained in MAKERS}}
-    own = (f"baselines.{name}",) if name in (*MAKERS, "item_knn") else ()
-    return Stage(
-        f"rank_{name}",
-        partial(_rank, name),
-        ("evaluation", *own),
-        ("interactions", *made_from.get(name, ())),
-        (f"ranks/{name}",),
-    )
+    own = ("llm",) if name in VARIANTS else (f"baselines.{name}",) if name in (*MAKERS, "item_knn") else ()
+    inputs = ("interactions", *([source] if (source := _trained(name)) else []))
+    return Stage(f"rank_{name}", partial(_rank, name), ("evaluation", *own), inputs, (f"ranks/{name}",))
+
+
+def _trained(name: str) -> str:
+    """The artifact that a baseline's training published; '' where nothing is trained."""
+    return "embeddings" if name == "lightgcn" else f"baselines/{name}" if name in (*MAKERS, *VARIANTS) else ""
 
 
 def _rank(name: str, run: Run, config: RunConfig, config_hash: str) -> None:
@@ -132,8 +126,9 @@ def _rank(name: str, run: Run, config: RunConfig, config_hash: str) -> None:
     rows: list[dict[str, Any]] = []
     inputs = {interactions.name: interactions.digest}
     facts: dict[str, Any] = {}
-    for trained in ("embeddings",) if name == "lightgcn" else (f"baselines/{name}",) if name in MAKERS else ():
-        artifact = run.fetch(trained)
+    if source := _trained(name):
+        artifact = run.fetch(source)
+        run.require_made_from(artifact, interactions)
         inputs[artifact.name] = artifact.digest
         facts |= _cost(artifact)
     with run.publish(f"ranks/{name}", config_hash=config_hash, inputs=inputs, facts=facts) as folder:

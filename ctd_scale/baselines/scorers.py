@@ -8,6 +8,7 @@ from functools import partial
 from ctd_scale.artifacts import Run
 from ctd_scale.baselines.item_knn import item_knn_scorer, item_similarities
 from ctd_scale.baselines.lightgcn import lightgcn_scorer
+from ctd_scale.baselines.llm import VARIANTS, variant_scorer
 from ctd_scale.baselines.popularity import popularity_scorer
 from ctd_scale.baselines.train import MAKERS, load_scorer
 from ctd_scale.batches import InteractionLog, NodeArrays
@@ -36,4 +37,5 @@ SCORERS: dict[str, Callable[[Run, RunConfig], Scorer]] = {
     "item_knn": _item_knn,
     "lightgcn": _lightgcn,
     **{name: partial(load_scorer, name) for name in MAKERS},
+    **{name: partial(variant_scorer, name) for name in VARIANTS},
 }

@@ -33,6 +33,24 @@ class TokenAdapter(nn.Module):
         return adapted
 
 
+class ProjectionAdapter(nn.Module):
+    """One token out of a collaborative embedding: a small network (CoLLM, LLaRA), at the scale of word embeddings.
+
+    An embedding of zeros stands for none and gives zeros.
+    """
+
+    def __init__(self, embed_dim: int, token_dim: int, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((token_dim,), scale))
+        self.enter, self.leave = nn.Linear(embed_dim, token_dim), nn.Linear(token_dim, token_dim)
+
+    def forward(self, embeddings: Float[Tensor, "tokens embed_dim"]) -> Float[Tensor, "tokens token_dim"]:
+        unit = F.rms_norm(embeddings, embeddings.shape[-1:])
+        projected = self.leave(F.gelu(self.enter(unit)))
+        adapted: Tensor = self.scale * F.rms_norm(projected, projected.shape[-1:])
+        return adapted * (embeddings != 0).any(dim=1, keepdim=True)
+
+
 class PreferenceHead(nn.Module):
     """Linear map of the hidden state at an item's last continuous token to the preference, and what it is scored by:
     item vectors (learned with it, or frozen) and a learned temperature."""
@@ -54,7 +72,7 @@ class PreferenceLM(nn.Module):
     """`lm` is any Hugging Face causal LM; its word embeddings stay frozen (28M values that history text needs no
     change of, and whose dense gradient would cost more than the rest)."""
 
-    def __init__(self, lm: Any, adapter: TokenAdapter, head: PreferenceHead) -> None:
+    def __init__(self, lm: Any, adapter: TokenAdapter | ProjectionAdapter, head: PreferenceHead) -> None:
         super().__init__()
         self.lm = lm
         self.adapter = adapter
@@ -136,10 +154,16 @@ def word_scale(lm: Any) -> float:
 
 
 def build_preference_lm(
-    lm: Any, vectors: Float[Tensor, "items cond_dim"], temperature: float, learn_vectors: bool
+    lm: Any,
+    vectors: Float[Tensor, "items cond_dim"],
+    temperature: float,
+    learn_vectors: bool,
+    projected_dim: int | None = None,
 ) -> PreferenceLM:
-    """A preference model on top of a causal LM, with fresh adapter and head."""
-    token_dim = int(lm.get_input_embeddings().weight.shape[1])
-    return PreferenceLM(
-        lm, TokenAdapter(token_dim, word_scale(lm)), PreferenceHead(token_dim, vectors, temperature, learn_vectors)
+    """A preference model on top of a causal LM, with fresh adapter and head. With `projected_dim` item tokens are
+    embeddings of that size, which the adapter projects."""
+    token_dim, scale = int(lm.get_input_embeddings().weight.shape[1]), word_scale(lm)
+    adapter = (
+        TokenAdapter(token_dim, scale) if projected_dim is None else ProjectionAdapter(projected_dim, token_dim, scale)
     )
+    return PreferenceLM(lm, adapter, PreferenceHead(token_dim, vectors, temperature, learn_vectors))

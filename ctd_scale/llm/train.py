@@ -23,6 +23,7 @@ from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_causal_lm,
 from ctd_scale.llm.collator import Collator, LLMBatch, Row
 from ctd_scale.llm.model import PreferenceLM, build_preference_lm
 from ctd_scale.llm.prompts import make_prompts
+from ctd_scale.llm.tokens import load_item_tokens, token_source
 from ctd_scale.llm.weights import BACKBONE, export_model
 from ctd_scale.llm.windows import Windows, plan_batches, training_windows
 
@@ -30,16 +31,20 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FACTS = "facts.json"
 
 
-def train_llm(run: Run, config: RunConfig, config_hash: str) -> None:
-    """interactions, embeddings, tokens -> models/llm (backbone, text tokenizer, adapter, head with item vectors)."""
-    interactions, embeddings, tokens = (run.fetch(name) for name in ("interactions", "embeddings", "tokens"))
+def train_llm(run: Run, config: RunConfig, config_hash: str, target: str = "models/llm", stage: str = "llm") -> None:
+    """interactions, embeddings, tokens -> models/llm (backbone, text tokenizer, adapter, head with item vectors).
+
+    A variant that `config.llm` describes goes by other names: its artifact `target`, its checkpoints and logs `stage`.
+    """
+    interactions, embeddings = (run.fetch(name) for name in ("interactions", "embeddings"))
     run.require_made_from(embeddings, interactions)
-    run.require_made_from(tokens, embeddings)
+    tokens = token_source(run, config.llm)
     backbone = backbone_folder(config.llm)
-    token_dim, expected = int(tokens.manifest["facts"]["token_dim"]), hidden_size(backbone)
-    if token_dim != expected:
+    token_dim = hidden_size(backbone)
+    made_dim = int(tokens.manifest["facts"].get("token_dim", token_dim))
+    if made_dim != token_dim:
         raise ArtifactError(
-            f"tokens has token_dim={token_dim} but the LLM's hidden_size={expected}; rerun train_tokenizer"
+            f"tokens has token_dim={made_dim} but the LLM's hidden_size={token_dim}; rerun train_tokenizer"
         )
     shown = json.dumps(zero.deepspeed_config(config.llm))
     training.console.print(f"  DeepSpeed: {shown}", highlight=False, soft_wrap=True, style="dim")
@@ -54,7 +59,7 @@ def train_llm(run: Run, config: RunConfig, config_hash: str) -> None:
             "tokens": str(tokens.path),
         },
         run=run,
-        stage="llm",
+        stage=stage,
         key=config_hash,
         resources=config.resources.llm,
     )
@@ -62,15 +67,14 @@ def train_llm(run: Run, config: RunConfig, config_hash: str) -> None:
     facts = {
         "cond_dim": config.llm.preference_dim,
         "token_dim": token_dim,
-        "num_ways": tokens.manifest["facts"]["num_ways"],
         "max_history": config.llm.max_history,
         "max_title_tokens": config.llm.max_title_tokens,
         "use_user_tokens": config.llm.use_user_tokens,
         **json.loads((export / FACTS).read_text()),
-        **training.usage(run, "llm"),
+        **training.usage(run, stage),
     }
     (export / FACTS).unlink()
-    with run.publish("models/llm", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
+    with run.publish(target, config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         shutil.copytree(export, folder, dirs_exist_ok=True)
 
 
@@ -150,6 +154,22 @@ def warmup_then_linear(config: LLMConfig, total_steps: int) -> Callable[[int], f
     return factor
 
 
+def learning_rates(config: LLMConfig, total_steps: int) -> list[Callable[[int], float]]:
+    """One factor per group of `parameter_groups`. Where tokens are read in the second half alone, the backbone rests
+    then."""
+    factor = warmup_then_linear(config, total_steps)
+    if config.token_schedule != "second_half":
+        return [factor, factor]
+    return [lambda step: factor(step) if step < total_steps / 2 else 0.0, factor]
+
+
+def dropped_share(config: LLMConfig, progress: float) -> float:
+    """Share of items whose tokens are not read at this point of training, `progress` in [0, 1)."""
+    if config.token_schedule == "curriculum":
+        return max(config.token_dropout, 1.0 - progress)
+    return 1.0 if config.token_schedule == "second_half" and progress < 0.5 else config.token_dropout
+
+
 def train_loop(arguments: dict[str, Any]) -> None:
     """One worker: its share of every global batch through one causal pass, ZeRO does the rest."""
     if not arguments["resources"]["use_gpu"]:
@@ -161,8 +181,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
     device = training.prepare_worker(arguments, seed)
     rank, workers = training.rank(), training.world_size()
     log = InteractionLog.load(Path(arguments["interactions"]))
-    tokens = NodeArrays.load(Path(arguments["tokens"]))
     backbone = Path(arguments["backbone"])
+    tokens = load_item_tokens(Path(arguments["tokens"]), config, hidden_size(backbone))
     text_tokenizer = load_text_tokenizer(backbone)
     prompts = make_prompts(text_tokenizer, log.catalogue, config.max_title_tokens)
     collator = Collator(prompts, tokens.items, tokens.users if config.use_user_tokens else None)
@@ -172,13 +192,13 @@ def train_loop(arguments: dict[str, Any]) -> None:
     model = new_model(config, backbone, item_embeddings, seed)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
-    factor = warmup_then_linear(config, plan.total_steps)
+    factors = learning_rates(config, plan.total_steps)
     step = 0
     with training.latest_checkpoint(arguments) as folder, zero.opened(folder) as saved:
         engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
+            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factors),
             config=zero.deepspeed_config(config, universal=saved is not None and saved.universal),
         )
         if saved is not None:
@@ -194,7 +214,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
     while step < plan.total_steps:
         windows, numbers = plan.step(step)
         rows = [window_row(log, windows, index) for index in numbers]
-        kept = kept_tokens(rows, collator, config.token_dropout, np.random.default_rng((seed, 14, step)))
+        dropped = dropped_share(config, step / plan.total_steps)
+        kept = kept_tokens(rows, collator, dropped, np.random.default_rng((seed, 14, step)))
         negatives = None
         if len(log.catalogue) > config.full_softmax_limit:
             random = np.random.default_rng((seed, 12, step))
@@ -258,7 +279,8 @@ def new_model(config: LLMConfig, backbone: Path, item_embeddings: np.ndarray, se
         )
         lm = inject_adapter_in_model(lora, lm)
     vectors = initial_vectors(torch.tensor(np.asarray(item_embeddings)), config)
-    return build_preference_lm(lm, vectors, config.temperature, config.item_vectors == "learned")
+    projected_dim = item_embeddings.shape[1] if config.item_tokens == "projected" else None
+    return build_preference_lm(lm, vectors, config.temperature, config.item_vectors == "learned", projected_dim)
 
 
 def initial_vectors(embeddings: torch.Tensor, config: LLMConfig) -> torch.Tensor:

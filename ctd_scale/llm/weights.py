@@ -13,6 +13,7 @@ from ctd_scale.llm.backbone import load_causal_lm
 from ctd_scale.llm.model import PreferenceLM, build_preference_lm
 
 BACKBONE, HEADS = "backbone", "heads.safetensors"
+PROJECTION = "adapter.enter.weight"
 
 
 def export_model(folder: Path, model: PreferenceLM, trained: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -39,7 +40,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreferenceLM:
     """A published model, ready for inference; heads stay fp32 values held in `dtype`."""
     heads = load_file(folder / HEADS)
     lm = load_causal_lm(folder / BACKBONE, dtype=dtype)
-    model = build_preference_lm(lm, heads["head.vectors"], temperature=1.0, learn_vectors=False)
+    projected_dim = heads[PROJECTION].shape[1] if PROJECTION in heads else None
+    model = build_preference_lm(lm, heads["head.vectors"], 1.0, learn_vectors=False, projected_dim=projected_dim)
     model.load_state_dict(heads, strict=False)
     return model.to(dtype).eval().requires_grad_(False)
 
