@@ -36,11 +36,7 @@ RunOption = Annotated[str, typer.Option("--run", help="folder or URL of a finish
 
 STAGE_ALIASES = {
     "interactions": "prepare_interactions",
-    "graph": "train_graph",
-    "tokenizer": "train_tokenizer",
-    "llm": "train_llm",
     "preferences": "export_preferences",
-    "diffusion": "train_diffusion",
     "index": "build_index",
     "ranking": "calibrate_ranking",
 }
@@ -98,7 +94,7 @@ def quickstart(
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Argument(help="graph, tokenizer, llm, diffusion, ... or a job's name")],
+    stage: Annotated[str, typer.Argument(help="graph, tokenizer, llm, diffusion, sasrec, tiger, ... or a job's name")],
     config: ConfigOption,
     storage: StorageOption = "runs",
     name: NameOption = "",

@@ -283,6 +283,20 @@ class BSARecConfig(SequentialConfig):
     alpha: Fraction = 0.7
 
 
+class DiscreteConfig(TrainedBaseline):
+    """P5 and TIGER; layers, history and precision are those of `llm`."""
+
+    epochs: Positive = 20
+    batch_size: Positive = Field(64, description="histories per optimizer step, all workers together")
+    learning_rate: PositiveFloat = 5e-4
+    symbol_learning_rate: PositiveFloat = 2e-3
+    validate_every: Positive = 1
+    validation_users: Positive = 1000
+    patience: Positive = 3
+    beams: Positive = 50
+    inference_batch: Positive = 64
+
+
 class BaselinesConfig(Section):
     """What the chain is compared with."""
 
@@ -290,6 +304,10 @@ class BaselinesConfig(Section):
     bpr_mf: MatrixFactorizationConfig = MatrixFactorizationConfig()
     sasrec: SequentialConfig = SequentialConfig()
     bsarec: BSARecConfig = BSARecConfig()
+    p5_random: DiscreteConfig = DiscreteConfig()
+    p5_sequential: DiscreteConfig = DiscreteConfig()
+    p5_collaborative: DiscreteConfig = DiscreteConfig()
+    tiger: DiscreteConfig = DiscreteConfig()
 
 
 class ServingConfig(Section):

@@ -121,11 +121,12 @@ BASELINES = tuple(_baseline(name) for name in (*MAKERS, *VARIANTS))
 
 
 def stage_named(name: str) -> Stage:
-    """The stage of that name. Raises ConfigError naming all of them."""
+    """The stage of that name; what it trains is name enough. Raises ConfigError naming all of them."""
     known = {stage.name: stage for stage in (*STAGES, *BASELINES)}
-    if name not in known:
-        raise ConfigError(f"no stage {name!r}; stages: {', '.join(known)}")
-    return known[name]
+    for given in (name, f"train_{name}"):
+        if given in known:
+            return known[given]
+    raise ConfigError(f"no stage {name!r}; stages: {', '.join(known)}")
 
 
 def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float64
@@ -19,9 +19,10 @@ from numpy import ndarray
 
 from ctd_scale import training
 from ctd_scale.artifacts import Artifact, Run, write_text
+from ctd_scale.baselines.discrete import DISCRETE, DiscreteLM, id_facts
 from ctd_scale.baselines.llm import VARIANTS
 from ctd_scale.baselines.scorers import SCORERS
-from ctd_scale.baselines.train import MAKERS
+from ctd_scale.baselines.train import MAKERS, load_model
 from ctd_scale.batches import SPLITS, InteractionLog, Split
 from ctd_scale.config import ConfigError, RunConfig, load_config
 from ctd_scale.evaluate import METRICS, protocol_of, rank_baseline
@@ -31,6 +32,7 @@ from ctd_scale.ranking import load_ranks, save_ranks
 # Of the chain; `full_text` only where texts are generated.
 CHAIN = ("single_draw", "draws", "error", "preference", "fused_draws", "fused_error", "fused_both", "full", "full_text")
 RESAMPLES = 2000
+ID_USERS = 500  # whose histories tell how many beams are items without the trie
 RANKS, ROWS = "ranks-{split}.parquet", "rows.json"
 METRIC = "ndcg@10"
 
@@ -45,6 +47,7 @@ class Measured:
     metrics: dict[str, float]
     training_seconds: float | None
     peak_memory_mb: float | None
+    ids: dict[str, float] | None
     gains: Float64[ndarray, "users"]
 
 
@@ -64,6 +67,7 @@ class Row:
     spread: dict[str, float]
     training_seconds: float | None
     peak_memory_mb: float | None
+    ids: dict[str, float] | None
     reference: str
     difference: float
     interval: tuple[float, float]
@@ -131,6 +135,10 @@ def _rank(name: str, run: Run, config: RunConfig, config_hash: str) -> None:
         run.require_made_from(artifact, interactions)
         inputs[artifact.name] = artifact.digest
         facts |= _cost(artifact)
+    if name in DISCRETE:
+        some = log.split_users("test")[:ID_USERS]
+        histories = [np.asarray(log.history(int(user), "test")) for user in some]
+        facts["ids"] = id_facts(cast(DiscreteLM, load_model(name, run, config)), histories)
     with run.publish(f"ranks/{name}", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         for split in SPLITS:
             ranks = rank_baseline(name, run, config, split, mask_seen)
@@ -156,7 +164,14 @@ def _measured(run: Run, config: RunConfig, name: str, models: Iterable[str]) -> 
             gains = np.where(ranks[model] <= 10, 1 / np.log2(ranks[model].astype(np.float64) + 1), 0.0)
             found.append(
                 Measured(
-                    model, split, config.seed, metrics, cost.get("training_seconds"), cost.get("peak_memory_mb"), gains
+                    model,
+                    split,
+                    config.seed,
+                    metrics,
+                    cost.get("training_seconds"),
+                    cost.get("peak_memory_mb"),
+                    artifact.manifest["facts"].get("ids"),
+                    gains,
                 )
             )
     return found
@@ -208,6 +223,7 @@ def _row(
         spread={key: float(values.std()) for key, values in table.items()},
         training_seconds=mean_of([each.training_seconds for each in own]),
         peak_memory_mb=mean_of([each.peak_memory_mb for each in own]),
+        ids=own[0].ids,
         reference=against,
         difference=float(differences.mean()),
         interval=bootstrap_interval(differences),

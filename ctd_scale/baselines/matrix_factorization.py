@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ctd_scale.baselines.task import Task, in_order
 from ctd_scale.batches import InteractionLog
-from ctd_scale.config import MatrixFactorizationConfig
+from ctd_scale.config import MatrixFactorizationConfig, RunConfig
 
 
 class MatrixFactorization(nn.Module):
@@ -37,8 +37,9 @@ class MatrixFactorization(nn.Module):
         return self.users[torch.from_numpy(users).to(self.users.device)] @ self.items.T
 
 
-def matrix_factorization_task(log: InteractionLog, config: MatrixFactorizationConfig, seed: int) -> Task:
+def matrix_factorization_task(log: InteractionLog, config: RunConfig) -> Task:
     """Every training interaction once an epoch, each with one negative, uniform over the other items."""
+    settings, seed = config.baselines.bpr_mf, config.seed
     users, items = (torch.from_numpy(part.astype(np.int64)) for part in log.train_edges())
 
     def collate(samples: ndarray, random: np.random.Generator) -> tuple[Tensor, ...]:
@@ -48,8 +49,8 @@ def matrix_factorization_task(log: InteractionLog, config: MatrixFactorizationCo
         return users[index], positives, negatives + (negatives >= positives)
 
     return Task(
-        model=MatrixFactorization(log.num_users, log.num_items, config),
-        steps=lambda epoch: in_order(len(users), config.batch_size, np.random.default_rng((seed, 40, epoch))),
+        model=MatrixFactorization(log.num_users, log.num_items, settings),
+        steps=lambda epoch: in_order(len(users), settings.batch_size, np.random.default_rng((seed, 40, epoch))),
         collate=collate,
         supervised=lambda batch: len(batch[0]),
     )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ctd_scale.baselines.task import Task, by_length
 from ctd_scale.batches import InteractionLog
-from ctd_scale.config import SequentialConfig
+from ctd_scale.config import RunConfig, SequentialConfig
 from ctd_scale.llm.losses import ChunkedCrossEntropy, logits_at_a_time
 
 NOTHING = -1  # a place without a target
@@ -145,31 +145,33 @@ class SequenceModel(nn.Module):
         return states @ self.items.weight[: self.padding].T
 
 
-def sequential_task(log: InteractionLog, config: SequentialConfig, seed: int) -> Task:
+def sequential_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
     """Every training prefix once an epoch: for BSARec as a sample of its own, for SASRec as places of the user's
     windows of `max_history` items."""
-    model = SequenceModel(log.num_items, config)
-    users, ends, firsts = samples(log.train_lengths(), config)
+    settings: SequentialConfig = getattr(config.baselines, name)
+    seed = config.seed
+    model = SequenceModel(log.num_items, settings)
+    users, ends, firsts = samples(log.train_lengths(), settings)
 
     def collate(chosen: ndarray, random: np.random.Generator) -> tuple[Tensor, ...]:
         inputs, targets = [], []
         for number in chosen.tolist():
             sequence = np.asarray(log.train_sequence(int(users[number])))
-            start, end = max(0, int(ends[number]) - config.max_history), int(ends[number])
+            start, end = max(0, int(ends[number]) - settings.max_history), int(ends[number])
             inputs.append(sequence[start:end])
             wanted = sequence[start + 1 : end + 1].astype(np.int64)
             wanted[: max(0, int(firsts[number]) - start)] = NOTHING
             targets.append(wanted)
         padded = (
-            left_padded(inputs, config.max_history, model.padding),
-            left_padded(targets, config.max_history, NOTHING),
+            left_padded(inputs, settings.max_history, model.padding),
+            left_padded(targets, settings.max_history, NOTHING),
         )
         return torch.from_numpy(padded[0]), torch.from_numpy(padded[1])
 
-    lengths = np.minimum(ends, config.max_history)
+    lengths = np.minimum(ends, settings.max_history)
     return Task(
         model=model,
-        steps=lambda epoch: by_length(lengths, config.batch_size, np.random.default_rng((seed, 41, epoch))),
+        steps=lambda epoch: by_length(lengths, settings.batch_size, np.random.default_rng((seed, 41, epoch))),
         collate=collate,
         supervised=lambda batch: int((batch[1] != NOTHING).sum()),
     )

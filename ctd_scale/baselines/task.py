@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,16 @@ class Task:
 
     `model(*batch)` is the loss summed over the samples, `model.score(users, histories)` the scores [batch, items] of
     the whole catalogue. `steps(epoch)` gives the samples of each optimizer step, `collate` their tensors, whose first
-    axis is cut among the workers; `supervised` counts what the summed loss is divided by.
+    axis is cut among the workers; `supervised` counts what the summed loss is divided by. `groups` are the optimizer's
+    (default: one of all parameters).
     """
 
     model: torch.nn.Module
     steps: Callable[[int], list[ndarray]]
     collate: Callable[[ndarray, np.random.Generator], tuple[Tensor, ...]]
     supervised: Callable[[tuple[Tensor, ...]], int]
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    half_precision: bool = False
 
 
 def in_order(count: int, batch_size: int, random: np.random.Generator) -> list[ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ctd_scale import training
 from ctd_scale.artifacts import Run
+from ctd_scale.baselines.discrete import DISCRETE, discrete_task
 from ctd_scale.baselines.matrix_factorization import matrix_factorization_task
 from ctd_scale.baselines.sequential import sequential_task
 from ctd_scale.baselines.task import Task
 from ctd_scale.batches import InteractionLog
-from ctd_scale.config import BaselinesConfig, RunConfig
+from ctd_scale.config import RunConfig
 from ctd_scale.metrics import target_ranks
 from ctd_scale.ranking import Scorer
 
 WEIGHTS = "model.safetensors"
 CHUNK_USERS = 512
-MAKERS: dict[str, Callable[[InteractionLog, Any, int], Task]] = {
+MAKERS: dict[str, Callable[[InteractionLog, RunConfig], Task]] = {
     "bpr_mf": matrix_factorization_task,
-    "sasrec": sequential_task,
-    "bsarec": sequential_task,
+    **{name: partial(sequential_task, name=name) for name in ("sasrec", "bsarec")},
+    **{name: partial(discrete_task, name=name) for name in DISCRETE},
 }
 
 
@@ -42,9 +43,7 @@ def train_baseline(name: str, run: Run, config: RunConfig, config_hash: str) -> 
         train_loop,
         {
             "name": name,
-            "config": config.baselines.model_dump(),
-            "mask_seen": config.evaluation.mask_seen,
-            "seed": config.seed,
+            "config": config.model_dump(),
             "interactions": str(interactions.path),
         },
         run=run,
@@ -58,12 +57,16 @@ def train_baseline(name: str, run: Run, config: RunConfig, config_hash: str) -> 
         shutil.copy(export / WEIGHTS, folder / WEIGHTS)
 
 
+def load_model(name: str, run: Run, config: RunConfig) -> nn.Module:
+    """A published baseline."""
+    task = MAKERS[name](InteractionLog.load(run.fetch("interactions").path), config)
+    restore(task.model, load_file(run.fetch(f"baselines/{name}").path / WEIGHTS))
+    return task.model.eval()
+
+
 def load_scorer(name: str, run: Run, config: RunConfig) -> Scorer:
     """A published baseline, ready to rank."""
-    log = InteractionLog.load(run.fetch("interactions").path)
-    task = MAKERS[name](log, getattr(config.baselines, name), config.seed)
-    task.model.load_state_dict(load_file(run.fetch(f"baselines/{name}").path / WEIGHTS))
-    return scorer_of(task.model.eval())
+    return scorer_of(load_model(name, run, config))
 
 
 def scorer_of(model: Any) -> Scorer:
@@ -76,28 +79,39 @@ def scorer_of(model: Any) -> Scorer:
     return scores
 
 
+def learned(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the weights that training changes."""
+    return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+
+
+def restore(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put what `learned` gave back into a model of the same making."""
+    if weights.keys() != learned(model).keys():
+        raise ValueError(f"these weights are of another model ({', '.join(sorted(weights)[:3])}, ...); train it again")
+    model.load_state_dict(weights, strict=False)
+
+
 def train_loop(arguments: dict[str, Any]) -> None:
     """One worker: its share of every global batch."""
-    name, seed = str(arguments["name"]), int(arguments["seed"])
-    config = getattr(BaselinesConfig.model_validate(arguments["config"]), name)
+    name, whole = str(arguments["name"]), RunConfig.model_validate(arguments["config"])
+    config, seed = getattr(whole.baselines, name), whole.seed
     device = training.prepare_worker(arguments, seed)
     log = InteractionLog.load(Path(arguments["interactions"]))
-    task = MAKERS[name](log, config, seed)
+    task = MAKERS[name](log, whole)
     model = task.model.to(device)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    best, best_ndcg, best_epoch, epoch, step = deepcopy(model.state_dict()), -1.0, 0, 0, 0
+    groups = task.groups or [{"params": list(model.parameters())}]
+    optimizer = torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    best, best_ndcg, best_epoch, epoch, step = learned(model), -1.0, 0, 0, 0
     with training.latest_checkpoint(arguments) as folder:
         if folder is not None:
             state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
-            model.load_state_dict(state["model"])
+            restore(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             best, best_ndcg, best_epoch = state["best"], state["best_ndcg"], state["best_epoch"]
             epoch, step = state["epoch"], state["step"]
 
     def write(folder: Path) -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
+        state = {"model": learned(model), "optimizer": optimizer.state_dict(), "best": best}
         numbers = {"best_ndcg": best_ndcg, "best_epoch": best_epoch, "epoch": epoch, "step": step}
         torch.save({**state, **numbers}, folder / "state.pt")
         (folder / training.EXPORT).mkdir()
@@ -115,7 +129,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
             # Drawn for the global batch, then cut: N workers see what one would.
             batch = task.collate(samples, np.random.default_rng((seed, 42, step)))
             torch.manual_seed((seed * 1_000_003 + step) * training.world_size() + training.rank())  # dropout
-            loss = parallel(*(part[mine].to(device) for part in batch)) / task.supervised(batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=task.half_precision):
+                loss = parallel(*(part[mine].to(device) for part in batch)) / task.supervised(batch)
             optimizer.zero_grad(set_to_none=True)
             (loss * training.world_size()).backward()
             optimizer.step()
@@ -123,9 +138,9 @@ def train_loop(arguments: dict[str, Any]) -> None:
             steplog.step(step, {"loss": loss.detach() * training.world_size(), "best_ndcg": best_ndcg})
         epoch += 1
         if epoch % config.validate_every == 0 or epoch == config.epochs:
-            ndcg = validation_ndcg(log, model, arguments["mask_seen"], config.validation_users, seed)
+            ndcg = validation_ndcg(log, model, whole.evaluation.mask_seen, config.validation_users, seed)
             if ndcg > best_ndcg:
-                best, best_ndcg, best_epoch = deepcopy(model.state_dict()), ndcg, epoch
+                best, best_ndcg, best_epoch = learned(model), ndcg, epoch
             training.report_checkpoint({"epoch": epoch, "ndcg": ndcg}, write)
     training.report_checkpoint({"epoch": epoch, "ndcg": best_ndcg}, write)
     steplog.close()

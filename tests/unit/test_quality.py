@@ -58,6 +58,7 @@ def row(model: str, ndcg: float, **changes: Any) -> dict[str, Any]:
         "spread": dict.fromkeys(numbers, 0.001),
         "training_seconds": None,
         "peak_memory_mb": 12.0,
+        "ids": None,
         "reference": "sasrec",
         "difference": ndcg - 0.05,
         "interval": (-0.01, 0.02),
@@ -68,17 +69,20 @@ def row(model: str, ndcg: float, **changes: Any) -> dict[str, Any]:
 def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(tmp_path: Path) -> None:
     target = tmp_path / "quality.md"
     write_quality([row("sasrec", 0.05), row("bsarec", 0.06)], target, "first")
-    write_quality([row("bsarec", 0.07), row("sasrec", 0.01, mask_seen=False)], target, "second")
+    ids = {"id_length": 4, "added_symbols": 812, "valid_share": 0.25}
+    later = [row("bsarec", 0.07), row("tiger", 0.01, mask_seen=False, ids=ids)]
+    write_quality(later, target, "second")
     stored = json.loads(target.with_suffix(".json").read_text())
     found = {(each["model"], each["mask_seen"]): (each["mean"]["ndcg@10"], each["command"]) for each in stored}
     assert found == {
         ("sasrec", True): (0.05, "first"),
         ("bsarec", True): (0.07, "second"),
-        ("sasrec", False): (0.01, "second"),
+        ("tiger", False): (0.01, "second"),
     }
     text = target.read_text()
     assert "seen items masked" in text
     assert "seen items kept" in text
     assert text.index("| bsarec |") < text.index("| sasrec |"), "the best comes first"
     assert "+0.0200 [-0.0100, +0.0200]" in text
+    assert "`tiger`: 4 symbols an item, 812 of them new to the vocabulary; without the trie 25 %" in text
     assert text == markdown(stored, "quality.png")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ctd_scale.baselines.train import MAKERS, WEIGHTS, scorer_of, train_loop
+from ctd_scale.baselines.discrete import DISCRETE
+from ctd_scale.baselines.train import MAKERS, WEIGHTS, restore, scorer_of, train_loop
 from ctd_scale.batches import Catalogue, InteractionLog
-from ctd_scale.config import BaselinesConfig
+from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.ranking import rank_targets
 
 USERS, ITEMS = 60, 20
@@ -36,33 +37,44 @@ def circles() -> InteractionLog:
     )
 
 
-def arguments_for(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
-    own = {"embed_dim": 8, "batch_size": 64, "learning_rate": 0.02} if name == "bpr_mf" else SEQUENTIAL
-    config = BaselinesConfig.model_validate({name: {"epochs": 60, "validate_every": 2, **own, **changes}})
-    return {
-        "name": name,
-        "config": config.model_dump(),
-        "mask_seen": True,
-        "seed": 0,
-        "interactions": str(folder),
+def arguments_for(name: str, folder: Path, backbone: Path, **changes: Any) -> dict[str, Any]:
+    own: dict[str, Any] = SEQUENTIAL
+    if name == "bpr_mf":
+        own = {"embed_dim": 8, "batch_size": 64, "learning_rate": 0.02}
+    elif name in DISCRETE:
+        own = {
+            "learning_rate": 3e-3,
+            "symbol_learning_rate": 2e-2,
+            "batch_size": 16,
+            "beams": 8,
+            "epochs": 40,
+            "patience": 9,
+        }
+    values = {
+        "baselines": {name: {"epochs": 60, "validate_every": 2, **own, **changes}},
+        "llm": {"backbone": str(backbone), "num_hidden_layers": 2, "max_history": 8, "dtype": "float32"},
     }
+    config = validate_config(values, source="test")
+    return {"name": name, "config": config.model_dump(), "interactions": str(folder)}
 
 
 def trained(name: str, arguments: dict[str, Any], log: InteractionLog, export: Path) -> torch.nn.Module:
-    config = getattr(BaselinesConfig.model_validate(arguments["config"]), name)
-    model = MAKERS[name](log, config, 0).model
-    model.load_state_dict(load_file(export / WEIGHTS))
+    model = MAKERS[name](log, RunConfig.model_validate(arguments["config"])).model
+    restore(model, load_file(export / WEIGHTS))
     return model.eval()
 
 
-@pytest.mark.parametrize(("name", "least"), [("bpr_mf", 0.9), ("sasrec", 0.95), ("bsarec", 0.95)])
+LEAST = {"bpr_mf": 0.9, "sasrec": 0.95, "bsarec": 0.95, **dict.fromkeys(DISCRETE, 0.9)}
+
+
+@pytest.mark.parametrize(("name", "least"), LEAST.items())
 def test_the_withheld_item_ranks_where_the_truth_puts_it(
-    name: str, least: float, tmp_path: Path, one_worker: Any
+    name: str, least: float, tmp_path: Path, one_worker: Any, backbone: Path
 ) -> None:
     """Sequence models: the next item is first. Matrix factorisation: it is among the circle's."""
     log = circles()
     log.save(tmp_path)
-    arguments = arguments_for(name, tmp_path)
+    arguments = arguments_for(name, tmp_path, backbone)
     model = trained(name, arguments, log, one_worker.run(train_loop, arguments))
     ranks = rank_targets(log, scorer_of(model), "test", mask_seen=True, chunk_users=16)
     worst = 10 if name == "bpr_mf" else 1
@@ -75,11 +87,13 @@ def test_the_withheld_item_ranks_where_the_truth_puts_it(
         assert (np.nanmean(own, axis=1) > np.nanmax(other, axis=1)).mean() >= least
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(name: str, tmp_path: Path, one_worker: Any) -> None:
+@pytest.mark.parametrize("name", ["bpr_mf", "sasrec", "bsarec", "tiger"])
+def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(
+    name: str, tmp_path: Path, one_worker: Any, backbone: Path
+) -> None:
     log = circles()
     log.save(tmp_path)
-    arguments = arguments_for(name, tmp_path, epochs=7)
+    arguments = arguments_for(name, tmp_path, backbone, epochs=7)
     whole = load_file(one_worker.run(train_loop, arguments) / WEIGHTS)
     losses = [curve["loss"] for curve in one_worker.curves]
     one_worker.restart(die_at=2)
@@ -92,7 +106,7 @@ def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(name: str, tmp_path:
 
 
 def test_the_best_epoch_is_kept_and_training_stops_without_progress(
-    tmp_path: Path, one_worker: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, one_worker: Any, monkeypatch: pytest.MonkeyPatch, backbone: Path
 ) -> None:
     log = circles()
     log.save(tmp_path)
@@ -104,7 +118,7 @@ def test_the_best_epoch_is_kept_and_training_stops_without_progress(
         return next(said)
 
     monkeypatch.setattr("ctd_scale.baselines.train.validation_ndcg", validation)
-    arguments = arguments_for("sasrec", tmp_path, validate_every=1, patience=2)
+    arguments = arguments_for("sasrec", tmp_path, backbone, validate_every=1, patience=2)
     kept = load_file(one_worker.run(train_loop, arguments) / WEIGHTS)
     assert len(seen) == 4
     for key, values in kept.items():

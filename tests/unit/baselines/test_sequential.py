@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from ctd_scale.baselines.sequential import NOTHING, SequenceModel, low_pass_matrix, samples, sequential_task
+from ctd_scale.baselines.task import Task
 from ctd_scale.batches import Catalogue, InteractionLog
-from ctd_scale.config import BSARecConfig, SequentialConfig
+from ctd_scale.config import BSARecConfig, RunConfig, SequentialConfig
 
 ITEMS = 15
 SMALL = {"embed_dim": 16, "num_heads": 2, "max_history": 6, "dropout": 0.0, "batch_size": 8}
 CONFIGS = [SequentialConfig(**SMALL), BSARecConfig(**SMALL)]
-both = pytest.mark.parametrize("config", CONFIGS, ids=["sasrec", "bsarec"])
+NAMES = ["sasrec", "bsarec"]
+both = pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 
 
 def made(config: SequentialConfig) -> SequenceModel:
@@ -35,6 +37,11 @@ def random_log() -> InteractionLog:
         [str(user) for user in range(len(lengths))],
         Catalogue(names, names, [""] * ITEMS),
     )
+
+
+def task_of(log: InteractionLog, config: SequentialConfig) -> Task:
+    name = NAMES[CONFIGS.index(config)]
+    return sequential_task(log, RunConfig.model_validate({"baselines": {name: config.model_dump()}}), name)
 
 
 @pytest.mark.parametrize("length", [6, 7, 50])
@@ -73,7 +80,7 @@ def test_sasrec_hears_nothing_of_what_follows_and_bsarec_does() -> None:
 @both
 def test_every_prefix_is_supervised_once_and_sees_only_what_was_before(config: SequentialConfig) -> None:
     log = random_log()
-    task = sequential_task(log, config, seed=0)
+    task = task_of(log, config)
     found = []
     for step in task.steps(0):
         items, targets = task.collate(step, np.random.default_rng(0))
@@ -104,7 +111,7 @@ def test_windows_of_sasrec_do_not_supervise_twice() -> None:
 @both
 def test_the_loss_is_the_cross_entropy_of_the_scores(config: SequentialConfig) -> None:
     model, log = made(config), random_log()
-    task = sequential_task(log, config, seed=0)
+    task = task_of(log, config)
     items, targets = task.collate(task.steps(0)[0], np.random.default_rng(0))
     loss = model(items, targets)
     logits = model.encode(items) @ model.items.weight[:ITEMS].T
