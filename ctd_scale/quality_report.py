@@ -62,8 +62,8 @@ def markdown(rows: Sequence[dict[str, Any]], picture: str) -> str:
             lines.append("")
         discrete = [row for row in chosen if row["ids"] and row["split"] == "test"]
         lines += [
-            f"- `{row['model']}`: {row['ids']['id_length']} symbols an item, {row['ids']['added_symbols']:,} of them new "
-            f"to the vocabulary; without the trie {100 * row['ids']['valid_share']:.0f} % of the beams are items."
+            f"- `{row['model']}`: {row['ids']['id_length']} symbols an item, {row['ids']['added_symbols']:,} of them "
+            f"new to the vocabulary; without the trie {100 * row['ids']['valid_share']:.0f} % of the beams are items."
             for row in discrete
         ]
         lines += [""] if discrete else []

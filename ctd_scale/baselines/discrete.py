@@ -218,7 +218,7 @@ def valid_share(model: DiscreteLM, histories: list[ndarray]) -> float:
 
 
 def id_facts(model: DiscreteLM, histories: list[ndarray]) -> dict[str, float]:
-    """What the ids cost: symbols per item, symbols that the vocabulary lacked, beams that are items without the trie."""
+    """What ids cost: symbols per item, symbols that the vocabulary lacked, beams that are items without the trie."""
     added = 0 if model.codes.digits else model.codes.alphabet
     return {
         "id_length": model.codes.length,
