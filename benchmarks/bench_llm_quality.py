@@ -141,12 +141,13 @@ def form_cases(dataset: str, inputs: Inputs, seeds: int) -> list[Case]:
     found: dict[str, list[tuple[float, float]]] = {}
     seconds: dict[str, float] = {}
     for form in FORMS:
-        started = time.perf_counter()
-        models = [train(inputs, config, form, seed) for seed in range(seeds)]
-        seconds[form] = (time.perf_counter() - started) / seeds
-        found[form] = [
-            (ndcg(inputs, config, model, "validation"), ndcg(inputs, config, model, "test")) for model in models
-        ]
+        seconds[form], found[form] = 0.0, []
+        for seed in range(seeds):
+            started = time.perf_counter()
+            model = train(inputs, config, form, seed)
+            seconds[form] += (time.perf_counter() - started) / seeds
+            found[form].append((ndcg(inputs, config, model, "validation"), ndcg(inputs, config, model, "test")))
+            print(f"  {dataset}, {form}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     cases = []
     for form in list(FORMS)[1:]:
         for number, split in enumerate(SPLITS):

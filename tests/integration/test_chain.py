@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ctd_scale.batches import InteractionLog, Preferences
+from ctd_scale.ranking import load_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +84,17 @@ def test_every_model_of_the_table_is_ranked_on_both_splits(chains: Path) -> None
     for split in ("validation", "test"):
         assert models <= {row["model"] for row in report["rows"] if row["split"] == split}
     assert {"dataset", "split", "users", "items", "mask_seen", "seed"} <= report["protocol"].keys()
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_ranks_beside_the_table_are_those_of_its_figures(chains: Path, split: str) -> None:
+    metrics = chains / "whole" / "metrics"
+    report = json.loads((metrics / "evaluation.json").read_text())
+    ranks = load_ranks(metrics / f"evaluation-{split}.parquet")
+    assert len(ranks.pop("user_index")) == report["protocol"]["users"]
+    assert {name: float((each <= 10).mean()) for name, each in ranks.items()} == pytest.approx(
+        {row["model"]: row["hr@10"] for row in report["rows"] if row["split"] == split}
+    )
 
 
 def test_a_second_run_changes_nothing_and_a_damaged_artifact_is_made_again(chains: Path) -> None:
