@@ -158,17 +158,24 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json", help="print the endpoint's answer")] = False,
     explain: Annotated[bool, typer.Option(help="let the LLM say what the user wants")] = False,
     exclude_seen: Annotated[bool, typer.Option(help="leave out what is in the history")] = True,
+    model: Annotated[str, typer.Option(help="a baseline of the run instead of the chain, such as sasrec")] = "",
 ) -> None:
     """Recommend for a known user, or after a history."""
-    from ctd_scale.recommender import Recommender
+    from ctd_scale.recommender import BaselineRecommender, Recommender
     from ctd_scale.serving.schema import Directory, response_object
 
     if k < 1:
         raise ValueError(f"--k {k}: expected at least 1")
-    recommender = Recommender(Run.open(run))
+    if model and explain:
+        raise ValueError(f"--explain needs the chain; {model} says nothing")
+    recommender = BaselineRecommender(Run.open(run), model) if model else Recommender(Run.open(run))
     items = history.split(",") if history is not None else None
     resolved = Directory(recommender.log).history(user_id=user, history=items)
-    (answer,) = recommender.recommend([resolved], k, exclude_seen=exclude_seen, explain=explain)
+    if isinstance(recommender, BaselineRecommender):
+        known = None if user is None else [recommender.log.user_ids.index(user)]
+        (answer,) = recommender.recommend([resolved], k, users=known, exclude_seen=exclude_seen)
+    else:
+        (answer,) = recommender.recommend([resolved], k, exclude_seen=exclude_seen, explain=explain)
     response = response_object(recommender.version, answer, recommender.catalogue)
     if as_json:
         print(json.dumps(response, ensure_ascii=False))

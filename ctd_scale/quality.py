@@ -21,7 +21,7 @@ from ctd_scale import training
 from ctd_scale.artifacts import Artifact, Run, write_text
 from ctd_scale.baselines.discrete import DISCRETE, DiscreteLM, id_facts
 from ctd_scale.baselines.llm import VARIANTS
-from ctd_scale.baselines.scorers import SCORERS
+from ctd_scale.baselines.scorers import SCORERS, trained_artifact
 from ctd_scale.baselines.train import MAKERS, load_model
 from ctd_scale.batches import SPLITS, InteractionLog, Split
 from ctd_scale.config import ConfigError, RunConfig, load_config
@@ -115,13 +115,8 @@ def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured
 def rank_stage(name: str) -> Stage:
     """Ranks of a baseline as a stage: skipped where nothing it depends on changed."""
     own = ("llm",) if name in VARIANTS else (f"baselines.{name}",) if name in (*MAKERS, "item_knn") else ()
-    inputs = ("interactions", *([source] if (source := _trained(name)) else []))
+    inputs = ("interactions", *([source] if (source := trained_artifact(name)) else []))
     return Stage(f"rank_{name}", partial(_rank, name), ("evaluation", *own), inputs, (f"ranks/{name}",))
-
-
-def _trained(name: str) -> str:
-    """The artifact that a baseline's training published; '' where nothing is trained."""
-    return "embeddings" if name == "lightgcn" else f"baselines/{name}" if name in (*MAKERS, *VARIANTS) else ""
 
 
 def _rank(name: str, run: Run, config: RunConfig, config_hash: str) -> None:
@@ -130,7 +125,7 @@ def _rank(name: str, run: Run, config: RunConfig, config_hash: str) -> None:
     rows: list[dict[str, Any]] = []
     inputs = {interactions.name: interactions.digest}
     facts: dict[str, Any] = {}
-    if source := _trained(name):
+    if source := trained_artifact(name):
         artifact = run.fetch(source)
         run.require_made_from(artifact, interactions)
         inputs[artifact.name] = artifact.digest

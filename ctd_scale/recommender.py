@@ -15,10 +15,12 @@ from jaxtyping import Float32, Int32
 from numpy import ndarray
 
 from ctd_scale.artifacts import Artifact, Run
+from ctd_scale.baselines.scorers import KNOWS_USERS, SCORERS, trained_artifact
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Ranking, load_rankings
 from ctd_scale.config import RunConfig
 from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.llm.inference import PreferenceModel
+from ctd_scale.metrics import top_k
 from ctd_scale.retrieval.build import load_index
 from ctd_scale.retrieval.hybrid import HybridRetriever
 
@@ -175,6 +177,39 @@ class Recommender:
         errors = self.density.errors(preferences, pool.vectors) if self.ranking.error else None
         ids, scores = self.retrieve.rank(pool, errors, self.ranking, k)
         return answers(ids, scores, texts)
+
+
+class BaselineRecommender:
+    """A baseline of a run, with the answers of `Recommender`."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        if name not in SCORERS:
+            raise ValueError(f"no baseline {name!r}; baselines: {', '.join(SCORERS)}")
+        self.name, self.log = name, InteractionLog.load(run.fetch("interactions").path)
+        self.version = f"{name}-{run.fetch(trained_artifact(name) or 'interactions').digest[:12]}"
+        self._scorer = SCORERS[name](run, run.read_config())
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return self.log.catalogue
+
+    def recommend(
+        self,
+        histories: Sequence[Int32[ndarray, "_"]],
+        k: int,
+        *,
+        users: Sequence[int] | None = None,
+        exclude_seen: bool = True,
+    ) -> list[Recommendation]:
+        """The k best items after each history. `users` are their indices in the log, which what has learned a vector
+        per user cannot do without. Raises ValueError where it must."""
+        if users is None and self.name in KNOWS_USERS:
+            raise ValueError(f"{self.name} has a vector for each user of the log and none for a history; give a user")
+        index = np.asarray(users if users is not None else np.zeros(len(histories), np.int64))
+        scores = np.array(self._scorer(index, [np.asarray(history) for history in histories]), np.float32)
+        for row, excluded in zip(scores, excluded_items(histories, exclude_seen), strict=True):
+            row[excluded] = -np.inf
+        return answers(*top_k(scores, k), [""] * len(histories))
 
 
 def excluded_items(histories: Sequence[ndarray], exclude_seen: bool) -> list[ndarray]:

@@ -39,3 +39,10 @@ SCORERS: dict[str, Callable[[Run, RunConfig], Scorer]] = {
     **{name: partial(load_scorer, name) for name in MAKERS},
     **{name: partial(variant_scorer, name) for name in VARIANTS},
 }
+# What has a vector for each user of the log, and cannot answer for a history alone.
+KNOWS_USERS = ("lightgcn", "bpr_mf")
+
+
+def trained_artifact(name: str) -> str:
+    """The artifact that a baseline's training published; '' where nothing is trained."""
+    return "embeddings" if name == "lightgcn" else f"baselines/{name}" if name in (*MAKERS, *VARIANTS) else ""

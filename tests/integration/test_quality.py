@@ -55,6 +55,17 @@ def test_models_are_trained_ranked_and_compared_once(tmp_path: Path, capsys: pyt
         main(["bench", "quality", *options, "--models", ",".join(MODELS), "--reference", "item_knn"])
     again = capsys.readouterr().out
     assert "▶" not in again
+    # What was compared can be asked, as the chain can.
+    run = str(tmp_path / "runs" / "few-0")
+    for name in MODELS:
+        with pytest.raises(SystemExit):
+            main(["recommend", "--run", run, "--model", name, "--user", "405", "--k", "5", "--json"])
+        answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert answer["version"].startswith(f"{name}-")
+        assert len({item["item_id"] for item in answer["items"]}) == 5
+    with pytest.raises(SystemExit):
+        main(["recommend", "--run", run, "--model", "bpr_mf", "--history", "50,172"])
+    assert "give a user" in capsys.readouterr().err
     figures = [{key: row[key] for key in ("model", "split", "mean", "interval")} for row in rows]
     for row, old in zip(json.loads(out.with_suffix(".json").read_text()), figures, strict=True):
         assert {key: row[key] for key in old} == old
