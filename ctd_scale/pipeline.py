@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -172,12 +172,19 @@ def run_stage(stage: Stage, run: Run, config: RunConfig) -> bool:
     return True
 
 
-def run_with_inputs(stage: Stage, run: Run, config: RunConfig) -> None:
-    """A stage, and before it every stage that makes what it reads."""
-    for maker in (*STAGES, *BASELINES):
-        if set(maker.outputs) & set(stage.inputs):
-            run_with_inputs(maker, run, config)
-    run_stage(stage, run, config)
+def run_with_inputs(stages: Iterable[Stage], run: Run, config: RunConfig) -> None:
+    """These stages, each after every stage that makes what it reads, none twice."""
+    done: set[str] = set()
+
+    def make(stage: Stage) -> None:
+        for maker in (*STAGES, *BASELINES):
+            if set(maker.outputs) & set(stage.inputs) and maker.name not in done:
+                make(maker)
+        run_stage(stage, run, config)
+        done.add(stage.name)
+
+    for stage in stages:
+        make(stage)
 
 
 def run_pipeline(run: Run, config: RunConfig) -> None:

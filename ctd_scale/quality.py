@@ -106,8 +106,9 @@ def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured
     if chain:
         run_pipeline(run, config)
     found = _measured(run, config, "metrics", chain) if chain else []
-    for name in (name for name in models if name in SCORERS):
-        run_with_inputs(rank_stage(name), run, config)
+    baselines = [name for name in models if name in SCORERS]
+    run_with_inputs(map(rank_stage, baselines), run, config)
+    for name in baselines:
         found += _measured(run, config, f"ranks/{name}", [name])
     return found
 

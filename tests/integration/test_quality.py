@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 CONFIG = """
 [interactions]
 dataset = "ml-100k"
-min_user_interactions = 250
+min_user_interactions = 400
 [baselines.bpr_mf]
 epochs = 4
 [baselines.sasrec]

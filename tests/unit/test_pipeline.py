@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ctd_scale.artifacts import SCHEMA_VERSION, Run
-from ctd_scale.pipeline import is_current, stage_named
+from ctd_scale.config import load_config
+from ctd_scale.pipeline import is_current, run_with_inputs, stage_named
 
 KEY = "key"
 
@@ -43,3 +44,11 @@ def test_what_cannot_be_read_is_made_again(run: Run, damage: str) -> None:
     else:
         (folder / "manifest.json").write_text(json.dumps({**manifest, "schema_version": SCHEMA_VERSION - 1}))
     assert not is_current(stage_named("train_graph"), run, KEY)
+
+
+def test_what_several_stages_read_is_made_once_and_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr("ctd_scale.pipeline.run_stage", lambda stage, *_: made.append(stage.name))
+    stages = [stage_named(name) for name in ("sasrec", "collm")]
+    run_with_inputs(stages, run, load_config("debug"))
+    assert made == ["prepare_interactions", "train_sasrec", "train_graph", "train_collm"]
