@@ -175,6 +175,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     if not arguments["resources"]["use_gpu"]:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["DEEPSPEED_DISABLE_NVML"] = "1"
+    zero.prepare_extensions()
     import deepspeed  # reads the environment on import
 
     config, seed = LLMConfig.model_validate(arguments["config"]), int(arguments["seed"])

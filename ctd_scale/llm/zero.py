@@ -10,10 +10,13 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,23 @@ from ctd_scale import training
 from ctd_scale.config import LLMConfig
 
 TAG, PROGRESS = "state", "state.json"
+STALE_SECONDS = 900.0  # compiling takes one or two minutes
+
+
+def prepare_extensions() -> Path:
+    """Where DeepSpeed compiles on first use: a folder of this environment's own, free of locks that nobody holds.
+
+    torch shares one folder among all environments of a user, so two of them compile by turns over each other; and
+    whoever is killed while compiling leaves a lock for which everybody after it waits for ever.
+    """
+    cache = Path(os.environ.get("CTD_CACHE_DIR", Path.home() / ".cache" / "ctd-scale"))
+    environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "extensions" / environment)))
+    for lock in folder.glob("**/lock"):
+        with suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > STALE_SECONDS:
+                lock.unlink()
+    return folder
 
 
 def deepspeed_config(config: LLMConfig, *, universal: bool = False) -> dict[str, Any]:
