@@ -16,6 +16,7 @@ from ctd_scale.evaluate import METRICS
 from ctd_scale.training import console
 
 PROTOCOL = ("dataset", "splitting", "mask_seen")
+SHOWN = ("hr@10", "ndcg@10", "mrr", "coverage@10")
 SAME = (*PROTOCOL, "model", "split")
 
 
@@ -80,11 +81,14 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         for split in SPLITS:
             console.print(f"{title}, [bold]{split}[/]", highlight=False)
             table = Table()
-            for head in ("model", "seeds", *METRICS, "training s", "memory MB", "ranking s", "difference"):
-                table.add_column(head, justify="left" if head == "model" else "right")
+            # What fits on a line; the file has all of it.
+            for head in ("model", *SHOWN, "training s", f"ndcg@10 - {chosen[0]['reference']}"):
+                table.add_column(head, justify="left" if head == "model" else "right", no_wrap=True)
             for row in chosen:
                 if row["split"] == split:
-                    table.add_row(*_cells(row))
+                    values = [f"{row['mean'][name]:.4f}" for name in SHOWN]
+                    cells = _cells(row)
+                    table.add_row(row["model"], *values, cells[-4], cells[-1])
             console.print(table)
 
 
