@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctd_scale.config import DiffusionConfig
+from ctd_scale.baselines.train import MAKERS
+from ctd_scale.config import DiffusionConfig, validate_config
 from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
 from ctd_scale.graph.csr import BipartiteGraph
@@ -107,3 +108,23 @@ def test_the_language_model_reads_and_speaks(tiny_chain: Any, dtype: str, closen
     assert len(texts) == 3
     if dtype == "float32":
         assert texts == made[0].texts(histories)
+
+
+@pytest.mark.parametrize("name", ["bpr_mf", "sasrec", "bsarec", "tiger"])
+def test_baselines_lose_and_score_as_on_the_cpu(name: str, tiny_chain: Any, backbone: Path) -> None:
+    llm = {"backbone": str(backbone), "num_hidden_layers": 2, "max_history": 5, "dtype": "float32"}
+    own: dict[str, Any] = {"beams": 20} if name == "tiger" else {"dropout": 0.0} if name != "bpr_mf" else {}
+    config = validate_config({"llm": llm, "baselines": {name: own}}, source="test")
+    torch.manual_seed(0)
+    log, task = tiny_chain.log, MAKERS[name](tiny_chain.log, config)
+    users = log.split_users()
+    histories = [np.asarray(log.history(int(user), "test")) for user in users]
+    batch = task.collate(task.steps(0)[0], np.random.default_rng(0))
+    losses, scores = [], []
+    for device in (CPU, CUDA):
+        model: Any = task.model.to(device)
+        with torch.no_grad():
+            losses.append(float(model(*(part.to(device) for part in batch))))
+            scores.append(model.score(users, histories).cpu())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    torch.testing.assert_close(scores[1], scores[0], atol=1e-3, rtol=1e-3)
