@@ -379,6 +379,15 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_chain_reads_the_tokenizer(self) -> RunConfig:
+        if self.llm.item_tokens != "kway":
+            raise ValueError(
+                f"llm.item_tokens={self.llm.item_tokens!r} is for the baselines text_only, collm and llara, which set "
+                "it themselves; the chain reads the tokenizer's tokens: 'kway'"
+            )
+        return self
+
 
 def section_hash(config: RunConfig, sections: Sequence[str]) -> str:
     """Hash of the named sections (such as `llm` or `baselines.sasrec`) and the seed, hex, 64 characters: what decides

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.baselines.discrete import DISCRETE
 from ctd_scale.baselines.llm import VARIANTS, train_variant
 from ctd_scale.baselines.train import MAKERS, train_baseline
 from ctd_scale.batches import InteractionLog, Preferences
@@ -112,6 +113,8 @@ def _baseline(name: str) -> Stage:
     make: Callable[[Run, RunConfig, str], object] = partial(train_baseline, name)
     sections: tuple[str, ...] = (f"baselines.{name}", "evaluation")
     inputs: tuple[str, ...] = ("interactions",)
+    if name in DISCRETE:  # layers, history and precision are the LLM's
+        sections = (*sections, "llm")
     if name in VARIANTS:
         make, sections, inputs = partial(train_variant, name), ("llm",), ("interactions", "embeddings")
     return Stage(f"train_{name}", make, sections, inputs, (f"baselines/{name}",), name)

@@ -115,7 +115,9 @@ def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured
 
 def rank_stage(name: str) -> Stage:
     """Ranks of a baseline as a stage: skipped where nothing it depends on changed."""
-    own = ("llm",) if name in VARIANTS else (f"baselines.{name}",) if name in (*MAKERS, "item_knn") else ()
+    own = (f"baselines.{name}",) if name in (*MAKERS, "item_knn") else ()
+    if name in (*VARIANTS, *DISCRETE):
+        own = (*own, "llm")
     inputs = ("interactions", *([source] if (source := trained_artifact(name)) else []))
     return Stage(f"rank_{name}", partial(_rank, name), ("evaluation", *own), inputs, (f"ranks/{name}",))
 

@@ -114,6 +114,7 @@ class CodeTrie:
             node = first + child
         self._parent, self._symbol, self._child = map(np.concatenate, (parents, symbols, children))
         self._starts = np.searchsorted(self._parent, np.arange(int(self._child[-1]) + 2))
+        self._edges = self._parent * codes.alphabet + self._symbol  # ascending
         self._leaf = first
         self._items = order
         self.alphabet = codes.alphabet
@@ -129,10 +130,9 @@ class CodeTrie:
 
     def step(self, nodes: Int[ndarray, "rows"], symbols: Int[ndarray, "rows"]) -> Int[ndarray, "rows"]:
         """The node after a symbol; -1 where no word goes on like that."""
-        key = self._parent * self.alphabet + self._symbol
         wanted = np.where(nodes < 0, -1, nodes * self.alphabet + symbols)
-        place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
-        return np.where(key[place] == wanted, self._child[place], -1)
+        place = np.minimum(np.searchsorted(self._edges, wanted), len(self._edges) - 1)
+        return np.where(self._edges[place] == wanted, self._child[place], -1)
 
     def item(self, nodes: Int[ndarray, "rows"]) -> Int[ndarray, "rows"]:
         """The item of a node at the end of a word; -1 stays -1."""

@@ -164,3 +164,8 @@ def test_a_hash_follows_its_sections_and_the_seed() -> None:
     for override in ("llm.epochs=77", "graph.l2=0.5", "seed=1"):
         assert section_hash(load_config(overrides=[override]), ["graph", "llm"]) != base
     assert section_hash(RunConfig(), ["graph"]) != base
+
+
+def test_tokens_that_the_chain_cannot_read_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"llm\.item_tokens='none' is for the baselines"):
+        load_config(overrides=["llm.item_tokens=none"])

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from ctd_scale.artifacts import SCHEMA_VERSION, Run
+from ctd_scale.baselines.discrete import DISCRETE
+from ctd_scale.baselines.llm import VARIANTS
 from ctd_scale.config import load_config
-from ctd_scale.pipeline import is_current, run_with_inputs, stage_named
+from ctd_scale.pipeline import is_current, run_with_inputs, stage_hash, stage_named
+from ctd_scale.quality import rank_stage
 
 KEY = "key"
 
@@ -52,3 +55,13 @@ def test_what_several_stages_read_is_made_once_and_first(run: Run, monkeypatch: 
     stages = [stage_named(name) for name in ("sasrec", "collm")]
     run_with_inputs(stages, run, load_config("debug"))
     assert made == ["prepare_interactions", "train_sasrec", "train_graph", "train_collm"]
+
+
+@pytest.mark.parametrize("name", [*DISCRETE, *VARIANTS])
+def test_another_backbone_trains_and_ranks_the_llm_rivals_again(name: str, run: Run) -> None:
+    for artifact in ("interactions", f"baselines/{name}"):
+        with run.publish(artifact, config_hash="", inputs={}) as folder:
+            (folder / "file.txt").write_text("content")
+    few, many = load_config("debug"), load_config("debug", ["llm.num_hidden_layers=2"])
+    for stage in (stage_named(name), rank_stage(name)):
+        assert stage_hash(stage, run, few) != stage_hash(stage, run, many)
