@@ -27,7 +27,8 @@ from ctd_scale.baselines.codes import (
 )
 from ctd_scale.baselines.task import Task, by_length
 from ctd_scale.batches import InteractionLog
-from ctd_scale.config import DiscreteConfig, RunConfig
+from ctd_scale.config import RunConfig
+from ctd_scale.config_baselines import DiscreteConfig
 from ctd_scale.llm.backbone import backbone_folder, load_causal_lm, load_text_tokenizer
 from ctd_scale.llm.model import word_scale
 from ctd_scale.llm.prompts import make_prompts

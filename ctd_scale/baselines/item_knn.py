@@ -7,7 +7,7 @@ from numpy import ndarray
 from scipy.sparse import csr_matrix, vstack
 
 from ctd_scale.batches import InteractionLog
-from ctd_scale.config import ItemKNNConfig
+from ctd_scale.config_baselines import ItemKNNConfig
 from ctd_scale.ranking import Scorer
 
 # Rows of similarities that exist at a time.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ctd_scale.baselines.task import Task, in_order
 from ctd_scale.batches import InteractionLog
-from ctd_scale.config import MatrixFactorizationConfig, RunConfig
+from ctd_scale.config import RunConfig
+from ctd_scale.config_baselines import MatrixFactorizationConfig
 
 
 class MatrixFactorization(nn.Module):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ctd_scale.baselines.task import Task, by_length
 from ctd_scale.batches import InteractionLog
-from ctd_scale.config import RunConfig, SequentialConfig
+from ctd_scale.config import RunConfig
+from ctd_scale.config_baselines import SequentialConfig
 from ctd_scale.llm.losses import ChunkedCrossEntropy, logits_at_a_time
 
 NOTHING = -1  # a place without a target

@@ -21,7 +21,8 @@ from ctd_scale.baselines.codes import (
 )
 from ctd_scale.baselines.discrete import DISCRETE, DiscreteLM, discrete_task, valid_share
 from ctd_scale.batches import Catalogue, InteractionLog
-from ctd_scale.config import DiscreteConfig, RunConfig, validate_config
+from ctd_scale.config import RunConfig, validate_config
+from ctd_scale.config_baselines import DiscreteConfig
 
 ITEMS = 37
 

@@ -7,7 +7,7 @@ import pytest
 
 from ctd_scale.baselines.item_knn import item_knn_scorer, item_similarities
 from ctd_scale.batches import Catalogue, InteractionLog
-from ctd_scale.config import ItemKNNConfig
+from ctd_scale.config_baselines import ItemKNNConfig
 
 ITEMS = 12
 
