@@ -27,7 +27,7 @@ from ctd_scale.batches import SPLITS, InteractionLog, Split
 from ctd_scale.config import ConfigError, RunConfig, load_config
 from ctd_scale.evaluate import METRICS, protocol_of, rank_baseline
 from ctd_scale.pipeline import Stage, run_pipeline, run_with_inputs
-from ctd_scale.ranking import load_ranks, save_ranks
+from ctd_scale.ranking import load_ranks, ndcg_gains, save_ranks
 
 # Of the chain; `full_text` only where texts are generated.
 CHAIN = ("single_draw", "draws", "error", "preference", "fused_draws", "fused_error", "fused_both", "full", "full_text")
@@ -159,7 +159,7 @@ def _measured(run: Run, config: RunConfig, name: str, models: Iterable[str]) -> 
                 raise ConfigError(f"{run.url} has no {model!r}; it needs llm.generate_texts=true")
             row = by_model[model, split]
             metrics = {key: row[key] for key in (*METRICS, "seconds")}
-            gains = np.where(ranks[model] <= 10, 1 / np.log2(ranks[model].astype(np.float64) + 1), 0.0)
+            gains = ndcg_gains(ranks[model].astype(np.float64))
             found.append(
                 Measured(
                     model,

@@ -50,11 +50,11 @@ def markdown(rows: Sequence[dict[str, Any]], picture: str) -> str:
             "",
             f"{first['users']:,} test users, {first['items']:,} items, all of them ranked; what is "
             "chosen at all is chosen on validation. ± is the standard deviation over the seeds. The last column is "
-            f"NDCG@10 minus that of `{first['reference']}` with its 95 % interval (paired bootstrap over users).",
+            "NDCG@10 minus that of the model it names, with its 95 % interval (paired bootstrap over users).",
             "",
         ]
         for split in reversed(SPLITS):
-            heads = ["model", "seeds", *METRICS, "training s", "memory MB", "ranking s", f"- {first['reference']}"]
+            heads = ["model", "seeds", *METRICS, "training s", "memory MB", "ranking s", "NDCG@10 minus"]
             lines += [f"{split.capitalize()}:", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
             ordered = sorted(
                 (row for row in chosen if row["split"] == split), key=lambda row: -float(row["mean"]["ndcg@10"])
@@ -82,7 +82,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             console.print(f"{title}, [bold]{split}[/]", highlight=False)
             table = Table()
             # What fits on a line; the file has all of it.
-            for head in ("model", *SHOWN, "training s", f"ndcg@10 - {chosen[0]['reference']}"):
+            for head in ("model", *SHOWN, "training s", "ndcg@10 minus"):
                 table.add_column(head, justify="left" if head == "model" else "right", no_wrap=True)
             for row in chosen:
                 if row["split"] == split:
@@ -129,6 +129,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
     several = len(row["seeds"]) > 1
     values = [f"{row['mean'][name]:.4f}" + (f" ± {row['spread'][name]:.4f}" if several else "") for name in METRICS]
     low, high = row["interval"]
-    against = "" if row["model"] == row["reference"] else f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    against = (
+        ""
+        if row["model"] == row["reference"]
+        else f"{row['reference']} {row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    )
     cost = ["" if row[key] is None else f"{row[key]:,.0f}" for key in ("training_seconds", "peak_memory_mb")]
-    return [row["model"], str(len(row["seeds"])), *values, *cost, f"{row['mean']['seconds']:.1f}", against]
+    shown = "" if row["model"] == row["reference"] else against
+    return [row["model"], str(len(row["seeds"])), *values, *cost, f"{row['mean']['seconds']:.1f}", shown]

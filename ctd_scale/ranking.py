@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Float64, Int32
+from jaxtyping import Float32, Float64, Int32, Int64
 from numpy import ndarray
 
 from ctd_scale.batches import InteractionLog, Split, read_table, write_table
@@ -28,18 +28,31 @@ class Ranks:
     top: Int32[ndarray, "users 10"]
     seconds: float
 
+    def gains(self, k: int = TOP) -> Float64[ndarray, "users"]:
+        """NDCG@k of each user."""
+        return ndcg_gains(self.ranks, k)
+
     def summary(self, num_items: int) -> dict[str, float]:
         """Metrics over the users, and the seconds that ranking took."""
         return {**summarise(self.ranks, self.top, num_items), "seconds": round(self.seconds, 3)}
 
 
-def rank_targets(log: InteractionLog, scorer: Scorer, split: Split, *, mask_seen: bool, chunk_users: int) -> Ranks:
-    """Rank the split's withheld items. Memory: one chunk of `chunk_users x items` scores.
+def rank_targets(
+    log: InteractionLog,
+    scorer: Scorer,
+    split: Split,
+    *,
+    mask_seen: bool,
+    chunk_users: int,
+    users: Int64[ndarray, "users"] | None = None,
+) -> Ranks:
+    """Rank the split's withheld items, of some of its users or of all. Memory: `chunk_users x items` scores.
 
     With `mask_seen` the items of a user's history cannot come back; a target among them has rank inf.
     """
-    started, users = time.perf_counter(), log.split_users(split)
-    ranks, top = [], []
+    started = time.perf_counter()
+    users = log.split_users(split) if users is None else users
+    ranks, top = [np.zeros(0)], [np.zeros((0, TOP), np.int32)]
     for start in range(0, len(users), chunk_users):
         chunk = users[start : start + chunk_users]
         histories = [np.asarray(log.history(int(user), split)) for user in chunk]
@@ -50,6 +63,11 @@ def rank_targets(log: InteractionLog, scorer: Scorer, split: Split, *, mask_seen
         ranks.append(target_ranks(scores, log.targets(chunk, split)))
         top.append(padded(top_k(scores, TOP)[0]))
     return Ranks(np.concatenate(ranks), np.concatenate(top), time.perf_counter() - started)
+
+
+def ndcg_gains(ranks: Float64[ndarray, "users"], k: int = TOP) -> Float64[ndarray, "users"]:
+    """`1 / log2(rank + 1)` where the rank is at most k, else 0."""
+    return np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0)
 
 
 def padded(ids: Int32[ndarray, "batch k"]) -> Int32[ndarray, "batch 10"]:

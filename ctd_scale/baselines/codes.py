@@ -17,6 +17,7 @@ from scipy.cluster.vq import kmeans2
 from scipy.sparse import csr_matrix, diags
 from scipy.sparse.linalg import eigsh
 
+from ctd_scale.baselines.matrix import interaction_matrix
 from ctd_scale.batches import InteractionLog
 
 DIGITS = 10
@@ -54,9 +55,7 @@ def sequential_codes(log: InteractionLog) -> Codes:
 
 def collaborative_codes(log: InteractionLog, seed: int) -> Codes:
     """Spectral clusters of the co-occurrence graph, spectral clusters within each of them, and the place therein."""
-    users, items = log.train_edges()
-    chosen = csr_matrix((np.ones(len(users)), (users, items)), shape=(log.num_users, log.num_items))
-    chosen.data[:] = 1.0
+    chosen = interaction_matrix(log).astype(np.float64)
     branches = max(2, round(log.num_items ** (1 / 3)))
     random = np.random.default_rng((seed, 61))
     _, outer = _kmeans(spectral_vectors(chosen, branches, random), branches, random)

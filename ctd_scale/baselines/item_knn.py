@@ -6,6 +6,7 @@ import numpy as np
 from numpy import ndarray
 from scipy.sparse import csr_matrix, vstack
 
+from ctd_scale.baselines.matrix import interaction_matrix
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config_baselines import ItemKNNConfig
 from ctd_scale.ranking import Scorer
@@ -19,10 +20,7 @@ def item_similarities(log: InteractionLog, config: ItemKNNConfig) -> csr_matrix:
 
     `sim_ij = |U_i ∩ U_j| / (sqrt(|U_i| |U_j|) + shrinkage)`: shrinkage takes from pairs that few users share.
     """
-    users, items = log.train_edges()
-    ones = np.ones(len(users), np.float32)
-    matrix = csr_matrix((ones, (users, items)), shape=(log.num_users, log.num_items))
-    matrix.data[:] = 1.0  # a repeated pair counts once
+    matrix = interaction_matrix(log)
     columns = matrix.T.tocsr()
     counts = np.asarray(columns.sum(axis=1)).ravel()
     parts = []

@@ -24,8 +24,7 @@ from ctd_scale.baselines.sequential import sequential_task
 from ctd_scale.baselines.task import Task
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
-from ctd_scale.metrics import target_ranks
-from ctd_scale.ranking import Scorer
+from ctd_scale.ranking import Scorer, rank_targets
 
 WEIGHTS = "model.safetensors"
 CHUNK_USERS = 512
@@ -152,17 +151,9 @@ def validation_ndcg(log: InteractionLog, model: nn.Module, mask_seen: bool, limi
     if len(users) > limit:
         users = np.sort(np.random.default_rng((seed, 43)).choice(users, limit, replace=False))
     model.eval()
-    scorer, total = scorer_of(model), 0.0
     own = users[training.rank() :: training.world_size()]
-    for start in range(0, len(own), CHUNK_USERS):
-        chunk = own[start : start + CHUNK_USERS]
-        histories = [np.asarray(log.history(int(user), "validation")) for user in chunk]
-        scores = scorer(chunk, histories)
-        if mask_seen:
-            for row, history in enumerate(histories):
-                scores[row, history] = -np.inf
-        ranks = target_ranks(scores, log.targets(chunk, "validation"))
-        total += float(np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0).sum())
+    ranks = rank_targets(log, scorer_of(model), "validation", mask_seen=mask_seen, chunk_users=CHUNK_USERS, users=own)
+    total = float(ranks.gains().sum())
     model.train()
     if training.world_size() > 1:
         summed = torch.tensor(total, dtype=torch.float64, device=next(model.parameters()).device)

@@ -83,6 +83,6 @@ def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(tmp_path: Path) 
     assert "seen items masked" in text
     assert "seen items kept" in text
     assert text.index("| bsarec |") < text.index("| sasrec |"), "the best comes first"
-    assert "+0.0200 [-0.0100, +0.0200]" in text
+    assert "sasrec +0.0200 [-0.0100, +0.0200]" in text
     assert "`tiger`: 4 symbols an item, 812 of them new to the vocabulary; without the trie 25 %" in text
     assert text == markdown(stored, "quality.png")
