@@ -33,7 +33,7 @@ from ctd_scale.llm.collator import Collator, LLMBatch, Row
 from ctd_scale.llm.model import PreferenceLM
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.train import new_model, parameter_groups, window_row
-from ctd_scale.llm.windows import plan_batches, training_windows
+from ctd_scale.llm.windows import pack, plan_steps, training_windows
 
 WAYS, DIM = 2, 64
 SECONDS = {"small": 8.0, "full": 40.0}
@@ -95,11 +95,27 @@ class Bench:
         made.__class__ = kind
         return made
 
-    def batches(self, rows: Sequence[Row], head: bool = False) -> list[list[Row]]:
-        """Length-bucketed batches of the budget; `head` counts the instruction in each row."""
+    def steps(self) -> list[list[Row]]:
+        """The windows of each optimizer step of the stage."""
+        sizes = self.collator.sizes(self.windows)
+        cut = plan_steps(sizes, self.config.batch_tokens, np.random.default_rng(0))
+        return [[self.windows[index] for index in step] for step in cut]
+
+    def packed(self, rows: Sequence[Row]) -> LLMBatch:
+        """As the stage reads a step: rows laid end to end."""
+        (lines,) = pack(self.collator.sizes(rows), parts=1)
+        return self.collator.packed([[rows[index] for index in line] for line in lines if line])
+
+    def buckets(self, rows: Sequence[Row], head: bool = False) -> list[list[Row]]:
+        """Batches of like length within the budget, in random order: what the rivals read. `head` counts the
+        instruction in each row."""
         sizes = self.collator.sizes(rows) + (len(self.collator.prompts.head) if head else 0)
-        cut = plan_batches(sizes, self.config.batch_tokens, np.random.default_rng(0))
-        return [[rows[index] for index in batch] for batch in cut]
+        batches: list[list[Row]] = [[]]
+        for index in np.argsort(sizes, kind="stable").tolist():
+            if batches[-1] and (len(batches[-1]) + 1) * int(sizes[index]) > self.config.batch_tokens:
+                batches.append([])
+            batches[-1].append(rows[index])
+        return [batches[index] for index in np.random.default_rng(0).permutation(len(batches))]
 
     def prefixes(self) -> list[Row]:
         """The published way: every prefix is a prompt of its own."""
@@ -121,12 +137,17 @@ def rate(batches: Sequence[Any], step: Callable[[Any], int], seconds: float) -> 
     return done / (time.perf_counter() - started)
 
 
-def trainer(bench: Bench, model: PreferenceLM, count: Callable[[LLMBatch, Sequence[Row]], int]) -> Callable[[Any], int]:
-    """One optimizer step, and what it is counted as."""
+def trainer(
+    bench: Bench,
+    model: PreferenceLM,
+    count: Callable[[LLMBatch, Sequence[Row]], int],
+    read: Callable[[Sequence[Row]], LLMBatch],
+) -> Callable[[Any], int]:
+    """One optimizer step over rows that are collated by `read`, and what it is counted as."""
     optimizer = torch.optim.AdamW(parameter_groups(model, bench.config))
 
     def step(rows: Sequence[Row]) -> int:
-        batch = bench.collator(rows)
+        batch = read(rows)
         preference, _ = model(batch)
         (preference / len(batch.targets)).backward()
         optimizer.step()
@@ -142,16 +163,22 @@ def supervised(batch: LLMBatch, rows: Sequence[Row]) -> int:
 
 def prefix_cases(name: str, log: InteractionLog, layers: int, seconds: float) -> list[Case]:
     bench = Bench(log, layers)
-    ours = rate(bench.batches(bench.windows), trainer(bench, bench.model(), supervised), seconds)
-    plain = rate(bench.batches(bench.prefixes(), True), trainer(bench, bench.model(PlainLM), supervised), seconds)
-    repeated = rate(bench.batches(bench.windows, True), trainer(bench, bench.model(PlainLM), supervised), seconds)
+    ours = rate(bench.steps(), trainer(bench, bench.model(), supervised, bench.packed), seconds)
+
+    def rival(rows: Sequence[Row]) -> float:
+        return rate(
+            bench.buckets(rows, True), trainer(bench, bench.model(PlainLM), supervised, bench.collator), seconds
+        )
+
+    plain, repeated = rival(bench.prefixes()), rival(bench.windows)
+    bucketed = rate(bench.buckets(bench.windows), trainer(bench, bench.model(), supervised, bench.collator), seconds)
     said = f"supervised preferences, {name}, {layers} layers"
-    padding = 1 - sum(int(bench.collator.sizes(rows).sum()) for rows in bench.batches(bench.windows)) / sum(
-        len(rows) * int(bench.collator.sizes(rows).max()) for rows in bench.batches(bench.windows)
-    )
+    places = [bench.packed(rows).input_ids.numel() for rows in bench.steps()]
+    padding = 1 - int(bench.collator.sizes(bench.windows).sum()) / sum(places)
     return [
         Case("prefixes", said, "per s", ours, plain, "one prompt per prefix", ours / plain),
         Case("prefixes", said, "per s", ours, repeated, "the instruction in every row", ours / repeated),
+        Case("prefixes", said, "per s", ours, bucketed, "a row a window, batches by length", ours / bucketed),
         Case("prefixes", f"share of padding, {name}", "", padding),
     ]
 
@@ -179,12 +206,12 @@ def hf_step(bench: Bench, head: bool) -> Callable[[Any], int]:
 
 def loop_cases(bench: Bench, layers: int, seconds: float) -> tuple[list[Case], float, float]:
     """Our model beside the plain loop, all in this process; also both rates."""
-    batches = bench.batches(bench.windows)
 
     def tokens(batch: LLMBatch, rows: Sequence[Row]) -> int:
         return int(bench.collator.sizes(rows).sum())
 
-    ours = rate(batches, trainer(bench, bench.model(), tokens), seconds)
+    ours = rate(bench.steps(), trainer(bench, bench.model(), tokens, bench.packed), seconds)
+    batches = bench.buckets(bench.windows)
     with_head, without = (rate(batches, hf_step(bench, head), seconds) for head in (True, False))
     said = f"history tokens, one process, histories of 20, {layers} layers"
     cases = [
@@ -272,8 +299,7 @@ def one_run(root: Path, bench: Bench, workers: int, stage: int) -> tuple[float, 
         key="bench",
         resources=resources,
     )
-    batches = bench.batches(bench.windows)
-    tokens = sum(int(bench.collator.sizes(rows).sum()) for rows in batches) / len(batches)
+    tokens = int(bench.collator.sizes(bench.windows).sum()) / len(bench.steps())
     facts = [json.loads((run.root / "logs" / "llm" / f"timed-{rank}.json").read_text()) for rank in range(workers)]
     stamps = facts[0]["stamps"]
     warm = min(3, len(stamps) // 2)

@@ -1,8 +1,9 @@
 """What the savings of the LLM stage cost in quality: each beside the plain form, over the same supervised prefixes.
 
-`all prefixes` is the stage: one causal pass, the instruction read once, length buckets. `one prompt per prefix` gives
-every prefix a prompt of its own, with the whole history that a window may hold, in the same optimizer steps.
-`batches at random` fills the same number of batches without looking at lengths.
+`all prefixes` is the stage: one causal pass, the instruction read once, rows packed end to end. `one prompt per prefix`
+gives every prefix a prompt of its own, with the whole history that a window may hold, in the same optimizer steps.
+`a row a window` reads the windows of the same steps unpacked. `batches by length` fills as many batches with windows of
+like length, the usual way to save padding.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from ctd_scale.artifacts import Run
 from ctd_scale.batches import SPLITS, InteractionLog, NodeArrays, Split
 from ctd_scale.config import LLMConfig, load_config
 from ctd_scale.llm.backbone import backbone_folder, load_text_tokenizer
-from ctd_scale.llm.collator import Collator, Row
+from ctd_scale.llm.collator import Collator, LLMBatch, Row
 from ctd_scale.llm.model import PreferenceLM
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.train import make_plan, new_model, parameter_groups, warmup_then_linear, window_row
+from ctd_scale.llm.windows import pack
 from ctd_scale.pipeline import run_stage, stage_named
 from ctd_scale.ranking import rank_targets
 
@@ -84,19 +86,32 @@ def one_prompt_per_prefix(inputs: Inputs, config: LLMConfig, seed: int) -> Steps
         yield rows
 
 
-def batches_at_random(inputs: Inputs, config: LLMConfig, seed: int) -> Steps:
+def batches_by_length(inputs: Inputs, config: LLMConfig, seed: int) -> Steps:
     plan = make_plan(inputs.log, inputs.collator, config, seed)
     for number, epoch in enumerate(plan.epochs):
-        order = np.random.default_rng((seed, number)).permutation(len(epoch.windows))
-        for part in np.array_split(order, len(epoch.batches)):
-            yield [window_row(inputs.log, epoch.windows, int(index)) for index in part]
+        parts = np.array_split(np.argsort(epoch.sizes, kind="stable"), len(epoch.batches))
+        for place in np.random.default_rng((seed, number)).permutation(len(parts)):
+            yield [window_row(inputs.log, epoch.windows, int(index)) for index in parts[place]]
 
 
 FORMS: dict[str, Callable[[Inputs, LLMConfig, int], Steps]] = {
     "all prefixes": all_prefixes,
     "one prompt per prefix": one_prompt_per_prefix,
-    "batches at random": batches_at_random,
+    "a row a window": all_prefixes,
+    "batches by length": batches_by_length,
 }
+
+
+def batches(inputs: Inputs, form: str, rows: list[Row]) -> Iterator[LLMBatch]:
+    """The rows of a step as they are read."""
+    if form == "all prefixes":
+        (lines,) = pack(inputs.collator.sizes(rows), parts=1)
+        yield inputs.collator.packed([[rows[index] for index in line] for line in lines if line])
+        return
+    # In parts that fit: one prompt per prefix reads many times the tokens.
+    rows = sorted(rows, key=lambda row: len(row.items))
+    for part in np.array_split(np.arange(len(rows)), max(1, len(rows) // 64)):
+        yield inputs.collator([rows[index] for index in part])
 
 
 def train(inputs: Inputs, config: LLMConfig, form: str, seed: int) -> PreferenceLM:
@@ -107,10 +122,7 @@ def train(inputs: Inputs, config: LLMConfig, form: str, seed: int) -> Preference
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear(config, total))
     for rows in FORMS[form](inputs, config, seed):
         supervised = sum(len(row.targets) for row in rows)
-        # In parts that fit: one prompt per prefix reads many times the tokens.
-        rows = sorted(rows, key=lambda row: len(row.items))
-        for part in np.array_split(np.arange(len(rows)), max(1, len(rows) // 64)):
-            batch = inputs.collator([rows[index] for index in part])
+        for batch in batches(inputs, form, rows):
             with torch.autocast("cpu", torch.bfloat16):
                 preference, _ = model(batch)
             (preference / supervised).backward()

@@ -126,7 +126,8 @@ class LLMConfig(Section):
     )
     epochs: Positive = 5
     batch_tokens: Positive = Field(
-        4096, description="padded tokens per optimizer step, all workers together; the instruction is not counted"
+        4096,
+        description="about so many tokens per optimizer step, all workers together; the instruction is not counted",
     )
     accumulation_steps: Positive = Field(1, description="read a worker's share of a step in so many parts")
     gradient_checkpointing: bool = Field(False, description="forget activations and compute them again")

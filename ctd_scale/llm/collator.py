@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from ctd_scale.llm.prompts import Prompts
 
 @dataclass(frozen=True)
 class LLMBatch:
-    """Right-padded rows, each read after the same head. All positions are flat: row * length + column.
+    """Right-padded lines of one or more rows, each row read after the same head. All positions are flat:
+    line * length + column.
 
-    Right padding needs no attention mask: in a causal model nothing before a pad ever sees it.
+    Where every line holds one row, no attention mask is needed: in a causal model nothing before a pad ever sees it.
+    Where lines hold several, `places` gives each token's place in its own row, from 0 (padding: 0 too).
     """
 
     head_ids: Int[Tensor, "head"]
@@ -29,9 +31,11 @@ class LLMBatch:
     targets: Int[Tensor, "preferences"]
     answer_positions: Int[Tensor, "answers"]
     answer_ids: Int[Tensor, "answers"]
+    places: Int[Tensor, "batch length"] | None = None
 
     def to(self, device: torch.device) -> LLMBatch:
-        return LLMBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 @dataclass(frozen=True)
@@ -80,43 +84,57 @@ class Collator:
         )
 
     def __call__(self, rows: Sequence[Row], length: int | None = None) -> LLMBatch:
-        """Tensors of these rows, padded to `length` (default: the longest row)."""
-        longest = int(length if length is not None else self.sizes(rows).max())
-        ids = np.full((len(rows), longest), self.prompts.pad_id, np.int64)
+        """Tensors of these rows, one a line, padded to `length` (default: the longest row)."""
+        return self.packed([[row] for row in rows], length)
+
+    def packed(self, lines: Sequence[Sequence[Row]], length: int | None = None) -> LLMBatch:
+        """Tensors of lines, the rows of each laid end to end, padded to `length` (default: the longest line)."""
+        rows = [row for line in lines for row in line]
+        sizes = self.sizes(rows)
+        starts, number = [], 0
+        for line in lines:
+            starts.append(np.cumsum([0, *sizes[number : number + len(line)]]))
+            number += len(line)
+        longest = int(length if length is not None else max(line[-1] for line in starts))
+        ids = np.full(len(lines) * longest, self.prompts.pad_id, np.int64)
+        places = np.zeros(len(lines) * longest, np.int64)
+        bases = np.concatenate([index * longest + line[:-1] for index, line in enumerate(starts)])
         tokens: list[ndarray] = []
         values: list[ndarray] = []
         wanted: list[ndarray] = []
         answer_positions: list[ndarray] = []
         answer_ids: list[ndarray] = []
-        for index, row in enumerate(rows):
-            base, column = index * longest, 0
+        for row, base, size in zip(rows, bases.tolist(), sizes.tolist(), strict=True):
+            places[base : base + size] = np.arange(size)
+            column = base
             if self.user_tokens is not None and row.user >= 0:
-                tokens.append(base + column + np.arange(self.num_ways))
+                tokens.append(column + np.arange(self.num_ways))
                 values.append(np.asarray(self.user_tokens[row.user]))
                 column += self.num_ways
             ends = column + np.cumsum(self.block_sizes[row.items])
             for item, end in zip(row.items.tolist(), ends.tolist(), strict=True):
                 title = self.prompts.title(item)
-                ids[index, end - self.num_ways - len(title) : end - self.num_ways] = title
-            tokens.append((base + ends[:, None] - self.num_ways + np.arange(self.num_ways)).ravel())
+                ids[end - self.num_ways - len(title) : end - self.num_ways] = title
+            tokens.append((ends[:, None] - self.num_ways + np.arange(self.num_ways)).ravel())
             values.append(self.item_tokens[row.items].reshape(-1, self.item_tokens.shape[2]))
-            wanted.append(base + ends[row.first :] - 1)
+            wanted.append(ends[row.first :] - 1)
             if row.answer_item >= 0:
                 column = int(ends[-1])
                 tail, answer = self.prompts.tail, self.prompts.answer(row.answer_item)
-                ids[index, column : column + len(tail)] = tail
+                ids[column : column + len(tail)] = tail
                 column += len(tail)
-                ids[index, column : column + len(answer)] = answer
-                answer_positions.append(base + column - 1 + np.arange(len(answer)))
+                ids[column : column + len(answer)] = answer
+                answer_positions.append(column - 1 + np.arange(len(answer)))
                 answer_ids.append(answer)
         empty = np.zeros(0, np.int64)
         return LLMBatch(
             head_ids=torch.from_numpy(self.prompts.head.astype(np.int64)),
-            input_ids=torch.from_numpy(ids),
+            input_ids=torch.from_numpy(ids.reshape(len(lines), longest)),
             token_positions=torch.from_numpy(np.concatenate(tokens)),
             token_values=torch.from_numpy(np.concatenate(values).astype(np.float32)),
             preference_positions=torch.from_numpy(np.concatenate(wanted)),
             targets=torch.from_numpy(np.concatenate([row.targets for row in rows]).astype(np.int64)),
             answer_positions=torch.from_numpy(np.concatenate([empty, *answer_positions])),
             answer_ids=torch.from_numpy(np.concatenate([empty, *answer_ids]).astype(np.int64)),
+            places=torch.from_numpy(places.reshape(len(lines), longest)) if len(rows) > len(lines) else None,
         )

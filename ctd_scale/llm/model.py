@@ -106,15 +106,18 @@ class PreferenceLM(nn.Module):
         weights have not changed since. Layers that are computed again in the backward pass take no keys and values
         from elsewhere, so with gradient checkpointing every row reads the head.
         """
-        rows = self.embed(batch)
+        rows, head_length = self.embed(batch), len(batch.head_ids)
         if self.training and self.lm.is_activation_checkpointing:
             words = self.words(batch.head_ids).expand(len(rows), -1, -1)
-            read = self.lm.base_model(inputs_embeds=torch.cat([words, rows], dim=1), use_cache=False)
-            states = read.last_hidden_state[:, len(batch.head_ids) :]
+            places = packed_places(batch, self.lm.config, rows.dtype, head_is_read=False)
+            read = self.lm.base_model(inputs_embeds=torch.cat([words, rows], dim=1), use_cache=False, **places)
+            states = read.last_hidden_state[:, head_length:]
         else:
             cache = self.read_head(batch.head_ids) if head is None else copy.deepcopy(head)
             cache.batch_repeat_interleave(len(rows))
-            states = self.lm.base_model(inputs_embeds=rows, past_key_values=cache, use_cache=True).last_hidden_state
+            places = packed_places(batch, self.lm.config, rows.dtype, head_is_read=True)
+            read = self.lm.base_model(inputs_embeds=rows, past_key_values=cache, use_cache=True, **places)
+            states = read.last_hidden_state
         return states.reshape(-1, states.shape[-1])
 
     def preferences(self, batch: LLMBatch, head: DynamicCache | None = None) -> Float[Tensor, "preferences cond_dim"]:
@@ -143,6 +146,42 @@ class PreferenceLM(nn.Module):
         # The vocabulary's logits cost as much as several layers: only where an answer token is predicted.
         logits = self.word_logits(hidden[batch.answer_positions])
         return preference, F.cross_entropy(logits, batch.answer_ids, reduction="sum")
+
+
+def packed_places(batch: LLMBatch, config: Any, dtype: torch.dtype, *, head_is_read: bool) -> dict[str, Any]:
+    """`position_ids` and `attention_mask` with which every row of a packed line is read as if it stood alone behind
+    the head; nothing where no line is packed. With `head_is_read` the head's keys are there already, otherwise it
+    begins every line.
+
+    The mask is additive [batch, 1, queries, keys], which transformers takes as it is; layers with a sliding window
+    see only the places within it.
+    """
+    if batch.places is None:
+        return {}
+    head = torch.arange(len(batch.head_ids), device=batch.places.device).expand(len(batch.places), -1)
+    # Row 0 is the head, which all rows see. Padding is a row of one token each.
+    key_rows = torch.cat([torch.zeros_like(head), (batch.places == 0).cumsum(dim=1)], dim=1)
+    key_places = torch.cat([head, batch.places + head.shape[1]], dim=1)
+    first = head.shape[1] if head_is_read else 0
+    query_rows, query_places = key_rows[:, first:, None], key_places[:, first:, None]
+    ago = query_places - key_places[:, None, :]
+    seen = ((key_rows[:, None, :] == query_rows) | (key_rows[:, None, :] == 0)) & (ago >= 0)
+
+    def additive(allowed: Tensor) -> Tensor:
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+    text_config = config.get_text_config()
+    window = getattr(text_config, "sliding_window", None)
+    full = additive(seen)
+    mask: Tensor | dict[str, Tensor] = full
+    if window is not None and int(ago.max()) >= window:
+        # Of the head such a layer keeps only what its next query may see.
+        forgotten = max(0, head.shape[1] - (window - 1)) if head_is_read else 0
+        sliding = additive((seen & (ago < window))[:, :, forgotten:])
+        layers = getattr(text_config, "layer_types", None)
+        mask = {"full_attention": full, "sliding_attention": sliding} if layers else sliding
+    return {"position_ids": key_places[:, first:], "attention_mask": mask}
 
 
 def word_scale(lm: Any) -> float:

@@ -25,7 +25,7 @@ from ctd_scale.llm.model import PreferenceLM, build_preference_lm
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.tokens import load_item_tokens, token_source
 from ctd_scale.llm.weights import BACKBONE, export_model
-from ctd_scale.llm.windows import Windows, plan_batches, training_windows
+from ctd_scale.llm.windows import Windows, pack, plan_steps, training_windows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FACTS = "facts.json"
@@ -110,16 +110,17 @@ class Plan:
         where each step is read in so many parts."""
         tokens, places = 0, 0
         for epoch in self.epochs:
-            for batch in epoch.batches:
-                for sizes in (epoch.sizes[batch[part::parts]] for part in range(min(parts, len(batch)))):
-                    tokens, places = tokens + int(sizes.sum()), places + len(sizes) * int(sizes.max())
+            for sizes in (epoch.sizes[batch] for batch in epoch.batches):
+                for lines in pack(sizes, parts):
+                    filled = [int(sizes[line].sum()) for line in lines if line]
+                    tokens, places = tokens + sum(filled), places + len(filled) * max(filled, default=0)
         supervised = sum(int((epoch.windows.lengths - epoch.windows.firsts).sum()) for epoch in self.epochs)
         return {"supervised": supervised, "tokens": tokens, "padding_share": round(1 - tokens / places, 4)}
 
 
 def make_plan(log: InteractionLog, collator: Collator, config: LLMConfig, seed: int) -> Plan:
-    """Windows and length-bucketed batches of every epoch, a function of the seed alone: a run may go on with another
-    number of workers. Raises ValueError where no user has two training interactions."""
+    """Windows and steps of every epoch, a function of the seed alone: a run may go on with another number of workers.
+    Raises ValueError where no user has two training interactions."""
     epochs = []
     for number in range(config.epochs):
         windows = training_windows(log.train_lengths(), config, seed, number)
@@ -127,7 +128,7 @@ def make_plan(log: InteractionLog, collator: Collator, config: LLMConfig, seed: 
             raise ValueError("no user has two training interactions or more, so there is nothing to predict")
         sizes = collator.sizes([window_row(log, windows, index) for index in range(len(windows))])
         random = np.random.default_rng((seed, 11, number))
-        epochs.append(Epoch(windows, sizes, plan_batches(sizes, config.batch_tokens, random)))
+        epochs.append(Epoch(windows, sizes, plan_steps(sizes, config.batch_tokens, random)))
     return Plan(epochs)
 
 
@@ -226,13 +227,15 @@ def train_loop(arguments: dict[str, Any]) -> None:
         # Some backbones have dropout: drawn anew in every step, and the same where it is made again.
         torch.manual_seed((seed * 1_000_003 + step) * workers + rank)
         losses, counts = torch.zeros(2, device=device), [0, 0]
-        for part in range(config.accumulation_steps):
-            mine = list(range(part * workers + rank, len(rows), parts))
+        for lines in pack(collator.sizes(rows), parts)[rank::workers]:
             # Where a step has fewer rows than parts, an idle one reads along and counts nothing.
+            mine = [line for line in lines if line]
             counted = float(len(mine) > 0)
-            mine = mine or [0]
-            batch = collator([rows[index] for index in mine])
-            batch = drop_tokens(batch, np.concatenate([kept[index] for index in mine]), collator.num_ways)
+            mine = mine or [[0]]
+            batch = collator.packed([[rows[index] for index in line] for line in mine])
+            batch = drop_tokens(
+                batch, np.concatenate([kept[index] for line in mine for index in line]), collator.num_ways
+            )
             sums = engine(batch.to(device), negatives)
             # Means over the *global* batch: ZeRO averages over workers and parts, so each gives its sum times both.
             preference_loss, text_loss = sums[0] / supervised, sums[1] / max(1, spoken)

@@ -7,6 +7,7 @@ epoch) alone, so that a resumed run sees what the uninterrupted one saw.
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,8 @@ from numpy import ndarray
 
 from ctd_scale.config import LLMConfig
 
-# Of one batch; over all batches it is then below 0.05 on every data set of `jobs/configs`, with few more batches.
-MAX_PADDING = 0.12
+# Of the places that are read, the share that may hold nothing.
+MAX_PADDING = 0.04
 
 
 @dataclass(frozen=True)
@@ -103,22 +104,41 @@ def export_windows(train_lengths: Int64[ndarray, "users"], config: LLMConfig) ->
     )
 
 
-def plan_batches(
+def plan_steps(
     sizes: Int64[ndarray, "windows"], batch_tokens: int, random: np.random.Generator
 ) -> list[Int64[ndarray, "picked"]]:
-    """Length-bucketed batches of window numbers: at most `batch_tokens` padded tokens, or a single longer window.
+    """Window numbers of each optimizer step: equal shares of the shuffled windows, about `batch_tokens` tokens each.
 
-    Windows of like size share a batch, of which at most `MAX_PADDING` is padding; the order of batches is shuffled.
+    A step is a sample of all windows, whatever their length: steps of like windows train worse.
     """
-    order = np.lexsort((random.random(len(sizes)), sizes))
-    batches: list[list[int]] = [[]]
-    tokens = 0
-    for index in order.tolist():
-        # Ascending: the newest is the longest.
-        size, places = int(sizes[index]), (len(batches[-1]) + 1) * int(sizes[index])
-        if batches[-1] and (places > batch_tokens or places - tokens - size > MAX_PADDING * places):
-            batches.append([])
-            tokens = 0
-        batches[-1].append(index)
-        tokens += size
-    return [np.array(batches[index], np.int64) for index in random.permutation(len(batches))]
+    order = random.permutation(len(sizes))
+    before = np.cumsum(sizes[order]) - sizes[order]
+    steps = max(1, round(int(sizes.sum()) / batch_tokens))
+    share = before * steps // max(1, int(sizes.sum()))
+    return [part for part in np.split(order, np.flatnonzero(np.diff(share)) + 1) if len(part)]
+
+
+def pack(sizes: Int64[ndarray, "rows"], parts: int) -> list[list[list[int]]]:
+    """Row numbers laid into lines of nearly equal length, as many lines in each of so many parts.
+
+    The shortest lines of which at most `MAX_PADDING` is padding, else those with the least: the longest rows are
+    dealt first, each to the line that has the fewest tokens (LPT; Graham, 1969). Lines and parts may be empty where
+    there are fewer rows than parts.
+    """
+    longest_first = np.argsort(-sizes, kind="stable").tolist()
+    best: list[list[int]] = []
+    least = np.inf
+    lines = -(-len(sizes) // parts) * parts
+    while lines >= parts and least > MAX_PADDING:
+        dealt: list[list[int]] = [[] for _ in range(lines)]
+        filled = [(0, line) for line in range(lines)]
+        for row in longest_first:
+            tokens, line = heapq.heappop(filled)
+            dealt[line].append(row)
+            heapq.heappush(filled, (tokens + int(sizes[row]), line))
+        padding = 1 - float(sizes.sum()) / (lines * max(tokens for tokens, _ in filled))
+        if padding < least:
+            least, best = padding, [dealt[line] for _, line in sorted(filled, reverse=True)]
+        lines = min(lines - parts, int(0.9 * lines) // parts * parts)
+    each = len(best) // parts
+    return [best[part * each : (part + 1) * each] for part in range(parts)]

@@ -53,7 +53,7 @@ def make_config(backbone: Path, workers: int = 1, **changes: Any) -> RunConfig:
         "preference_dim": 12,
         "dtype": "float32",
         "epochs": EPOCHS,
-        "batch_tokens": 300,
+        "batch_tokens": 100,
         "token_dropout": 0.2,
         "text_every": 2,
         "learning_rate": 1e-2,

@@ -123,6 +123,29 @@ def test_reading_the_head_once_gives_the_gradients_of_reading_it_in_every_row(
         assert torch.allclose(gradient, others[name], atol=1e-4 * float(others[name].abs().max() + 1)), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_rows_give_the_losses_and_gradients_of_rows_alone(
+    tmp_path: Path, collator: Collator, architecture: str, checkpointing: bool
+) -> None:
+    """Also where a sliding window (Gemma: 16 tokens) is shorter than head and row together."""
+    save_tiny(tmp_path, architecture)
+    config = LLMConfig(num_hidden_layers=4, preference_dim=8, gradient_checkpointing=checkpointing)
+    embeddings = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+    rows = [prefix_row(HISTORY, answer=3), prefix_row(HISTORY[:2]), prefix_row([7], answer=1), prefix_row([1, 2, 3])]
+    found = []
+    for batch in (collator(rows), collator.packed([[rows[0]], rows[1:]])):
+        model = new_model(config, tmp_path, embeddings, seed=0).train()
+        preference, text = model(batch)
+        (preference + text).backward()
+        found.append((preference, text, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    (preference, text, gradients), (packed_preference, packed_text, others) = found
+    assert preference.item() == pytest.approx(packed_preference.item(), rel=1e-5)
+    assert text.item() == pytest.approx(packed_text.item(), rel=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, others[name], atol=1e-4 * float(others[name].abs().max() + 1)), name
+
+
 def test_a_backbone_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"llm\.backbone=.* is neither 'smollm2-135m' nor a folder"):
         backbone_folder(LLMConfig(backbone=str(tmp_path)))

@@ -90,6 +90,33 @@ def test_a_batch_is_what_one_token_at_a_time_gives(collator: Collator, rows: lis
     assert batch.answer_ids.tolist() == expected["answers"]
 
 
+def test_packed_lines_are_their_rows_laid_end_to_end(collator: Collator) -> None:
+    lines = [[ROWS[0], ROWS[1]], [ROWS[2]], [ROWS[1], ROWS[3], ROWS[1]]]
+    got, length = collator.packed(lines), max(int(collator.sizes(line).sum()) for line in lines)
+    assert got.input_ids.shape == got.places.shape == (3, length)
+    alone = collator([row for line in lines for row in line])
+    assert torch.equal(got.token_values, alone.token_values)
+    assert torch.equal(got.targets, alone.targets)
+    assert torch.equal(got.answer_ids, alone.answer_ids)
+    assert alone.places is None
+    moved = torch.empty(alone.input_ids.numel(), dtype=torch.long)  # from where a token is alone to where it is packed
+    number, padding = 0, torch.ones(3, length, dtype=torch.bool)
+    for index, line in enumerate(lines):
+        column = 0
+        for row in line:
+            size = int(collator.sizes([row])[0])
+            assert torch.equal(got.input_ids[index, column : column + size], alone.input_ids[number, :size])
+            assert got.places[index, column : column + size].tolist() == list(range(size))
+            start = number * alone.input_ids.shape[1]
+            moved[start : start + size] = index * length + column + torch.arange(size)
+            padding[index, column : column + size] = False
+            number, column = number + 1, column + size
+    for name in ("token_positions", "preference_positions", "answer_positions"):
+        assert torch.equal(getattr(got, name), moved[getattr(alone, name)]), name
+    assert (got.places[padding] == 0).all()
+    assert (got.input_ids[padding] == collator.prompts.pad_id).all()
+
+
 def test_sizes_of_a_user_who_is_not_known(collator: Collator) -> None:
     """A request has no user index: what is counted must be what is written."""
     stranger = row([0, 3], [1])

@@ -14,7 +14,7 @@ from ctd_scale.config import LLMConfig
 from ctd_scale.llm.collator import Collator
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.train import make_plan, warmup_then_linear, window_row
-from ctd_scale.llm.windows import MAX_PADDING, Windows, export_windows, plan_batches, training_windows
+from ctd_scale.llm.windows import MAX_PADDING, Windows, export_windows, pack, plan_steps, training_windows
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 SIZES = st.integers(1, 12)
@@ -90,24 +90,49 @@ def test_a_share_of_the_windows_carries_an_answer() -> None:
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 120), st.integers(0, 9))
-def test_batches_hold_every_window_once_within_the_token_bound(sizes: list[int], batch_tokens: int, seed: int) -> None:
+def test_steps_hold_every_window_once_and_equal_shares_of_tokens(
+    sizes: list[int], batch_tokens: int, seed: int
+) -> None:
     array = np.array(sizes)
-    batches = plan_batches(array, batch_tokens, np.random.default_rng(seed))
-    assert sorted(index for batch in batches for index in batch.tolist()) == list(range(len(sizes)))
-    for batch in batches:
-        places = len(batch) * array[batch].max()
-        assert len(batch) == 1 or places <= batch_tokens
-        assert places - array[batch].sum() <= MAX_PADDING * places
+    steps = plan_steps(array, batch_tokens, np.random.default_rng(seed))
+    assert sorted(index for step in steps for index in step.tolist()) == list(range(len(sizes)))
+    planned = max(1, round(sum(sizes) / batch_tokens))
+    assert len(steps) <= planned
+    for step in steps:
+        assert array[step].sum() < sum(sizes) / planned + array[step].max()
 
 
-def test_windows_of_like_size_share_a_batch() -> None:
+def test_a_step_is_a_sample_of_all_lengths() -> None:
+    sizes = np.random.default_rng(0).integers(10, 400, 4000)
+    steps = plan_steps(sizes, 20_000, np.random.default_rng(1))
+    assert len(steps) > 30
+    means = np.array([sizes[step].mean() for step in steps])
+    spread = sizes.std() / len(steps[0]) ** 0.5
+    assert np.abs(means - sizes.mean()).max() < 4.5 * spread
+    assert not np.array_equal(steps[0], plan_steps(sizes, 20_000, np.random.default_rng(2))[0])
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=80), st.integers(1, 7))
+def test_lines_hold_every_row_once_in_parts_of_as_many(sizes: list[int], parts: int) -> None:
+    packed = pack(np.array(sizes), parts)
+    assert len(packed) == parts
+    assert sorted(row for lines in packed for line in lines for row in line) == list(range(len(sizes)))
+    assert len({len(lines) for lines in packed}) == 1
+    longest = max(sum(sizes[row] for row in line) for lines in packed for line in lines)
+    # Graham's bound for the longest line of as many.
+    count = parts * len(packed[0])
+    assert longest <= (4 / 3) * max(
+        sum(sizes) / count, max(sizes), 2 * sorted(sizes)[-count - 1] if count < len(sizes) else 0
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_little_of_a_step_is_padding(parts: int) -> None:
     random = np.random.default_rng(0)
-    sizes = random.integers(10, 400, 500)
-    batches = plan_batches(sizes, 4000, random)
-    padded = sum(len(batch) * int(sizes[batch].max()) for batch in batches)
-    assert padded < 1.1 * sizes.sum()
-    longest = [int(sizes[batch].max()) for batch in batches]
-    assert longest != sorted(longest), "batches come in random order"
+    for sizes in (random.integers(10, 200, 42), np.full(42, 20), random.geometric(0.02, 60) + 10):
+        lines = [sum(int(sizes[row]) for row in line) for part in pack(sizes, parts) for line in part]
+        assert 1 - sizes.sum() / (len(lines) * max(lines)) <= MAX_PADDING
+    assert [len(line) for line in pack(np.full(12, 20), 2)[0]] == [1] * 6, "nothing to pack where all are equal"
 
 
 # -- plan and schedule ---------------------------------------------------------------------------------------
@@ -143,12 +168,12 @@ def test_the_plan_says_how_many_steps_there_are(
     assert sorted(read) == sorted(expected * epochs)
     for parts in (1, 2, 5):
         facts = plan.facts(parts)
-        batches = [
-            collator([window_row(log, windows, int(number)) for number in numbers[part::parts]])
-            for windows, numbers in steps
-            for part in range(parts)
-            if len(numbers[part::parts])
-        ]
+        batches = []
+        for windows, numbers in steps:
+            rows = [window_row(log, windows, int(number)) for number in numbers]
+            for lines in pack(collator.sizes(rows), parts):
+                if filled := [[rows[index] for index in line] for line in lines if line]:
+                    batches.append(collator.packed(filled))
         assert facts["supervised"] == len(read) == sum(len(batch.targets) for batch in batches)
         padding = sum(int((batch.input_ids == collator.prompts.pad_id).sum()) for batch in batches)
         padding -= sum(len(batch.token_positions) for batch in batches)  # places kept for continuous tokens
