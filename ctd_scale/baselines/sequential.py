@@ -3,8 +3,9 @@
 BSARec adds to each attention layer a filter over the sequence: low frequencies as they are, high ones rescaled by a
 learned factor per dimension. Without the filter's share (`alpha = 0`) it is SASRec in the same form.
 
-The filter hears the whole sequence, its end included, so BSARec may only be trained on the last place of a prefix;
-SASRec is causal and trains on all places at once.
+Both train on the last place of every prefix, which is where they are asked. The filter hears the whole sequence, its
+end included, so BSARec could be trained in no other way. SASRec, which is causal, could train on all places of a
+sequence at once, as its authors do: on Beauty that is far worse (docs/log.md).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ctd_scale.config import RunConfig
 from ctd_scale.config_baselines import SequentialConfig
 from ctd_scale.llm.losses import ChunkedCrossEntropy, logits_at_a_time
 
-NOTHING = -1  # a place without a target
+ALL, LAST = slice(None), slice(-1, None)  # places of a sequence
 
 
 class FrequencyFilter(nn.Module):
@@ -40,12 +41,12 @@ class FrequencyFilter(nn.Module):
         self.register_buffer("low_pass", low_pass_matrix(config.max_history, config.low_frequencies), persistent=False)
 
     def forward(
-        self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"]
-    ) -> Float[Tensor, "batch length embed_dim"]:
+        self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"], wanted: slice
+    ) -> Float[Tensor, "batch wanted embed_dim"]:
         length = states.shape[1]
         states = states * real[..., None]
-        low = self.low_pass[-length:, -length:] @ states
-        filtered: Tensor = low + self.beta.square() * (states - low)
+        low = self.low_pass[-length:, -length:][wanted] @ states
+        filtered: Tensor = low + self.beta.square() * (states[:, wanted] - low)
         return filtered
 
 
@@ -62,21 +63,23 @@ class Attention(nn.Module):
     def __init__(self, config: SequentialConfig) -> None:
         super().__init__()
         self.heads, self.dropout = config.num_heads, config.dropout
-        self.project = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.query = nn.Linear(config.embed_dim, config.embed_dim)
+        self.heard = nn.Linear(config.embed_dim, 2 * config.embed_dim)
         self.leave = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(
-        self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"]
-    ) -> Float[Tensor, "batch length embed_dim"]:
+        self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"], wanted: slice
+    ) -> Float[Tensor, "batch wanted embed_dim"]:
         batch, length, dim = states.shape
-        parts = self.project(states).reshape(batch, length, 3, self.heads, dim // self.heads)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        query = self.query(states[:, wanted]).reshape(batch, -1, self.heads, dim // self.heads).transpose(1, 2)
+        key, value = self.heard(states).reshape(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         places = torch.arange(length, device=states.device)
         # Padding hears itself: a row that may hear nothing would be NaN.
-        heard = (places[:, None] >= places) & real[:, None, None, :] | (places[:, None] == places)
+        asking = places[wanted, None]
+        hears = (asking >= places) & real[:, None, None, :] | (asking == places)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=heard, dropout_p=dropout)
-        left: Tensor = self.leave(mixed.transpose(1, 2).reshape(batch, length, dim))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=hears, dropout_p=dropout)
+        left: Tensor = self.leave(mixed.transpose(1, 2).reshape(batch, -1, dim))
         return left
 
 
@@ -94,11 +97,11 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(dim, eps=1e-12)
 
     def forward(
-        self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"]
-    ) -> Float[Tensor, "batch length embed_dim"]:
-        mixed = self.attention_norm(states + self.dropout(self.attention(states, real)))
+        self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"], wanted: slice
+    ) -> Float[Tensor, "batch wanted embed_dim"]:
+        mixed = self.attention_norm(states[:, wanted] + self.dropout(self.attention(states, real, wanted)))
         if self.alpha:
-            filtered = self.filter_norm(states + self.dropout(self.filter(states, real)))
+            filtered = self.filter_norm(states[:, wanted] + self.dropout(self.filter(states, real, wanted)))
             mixed = self.alpha * filtered + (1 - self.alpha) * mixed
         fed = self.dropout(self.leave(F.gelu(self.enter(mixed))))
         left: Tensor = self.feed_forward_norm(mixed + fed)
@@ -124,71 +127,61 @@ class SequenceModel(nn.Module):
         with torch.no_grad():
             self.items.weight[num_items] = 0
 
-    def encode(self, items: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length embed_dim"]:
+    def encode(
+        self, items: Int[Tensor, "batch length"], wanted: slice = ALL
+    ) -> Float[Tensor, "batch wanted embed_dim"]:
+        """States after the last block, which works for the wanted places alone."""
         real = items != self.padding
         states = self.dropout(self.norm(self.items(items) + self.places.weight[-items.shape[1] :]))
-        for block in self.blocks:
-            states = block(states, real)
-        return states
+        for block in self.blocks[:-1]:
+            states = block(states, real, ALL)
+        left: Tensor = self.blocks[-1](states, real, wanted)
+        return left
 
-    def forward(self, items: Int[Tensor, "batch length"], targets: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
-        """Cross-entropy over all items, summed over the places that have a target."""
-        wanted = targets != NOTHING
-        states = self.encode(items)[wanted]
+    def forward(self, items: Int[Tensor, "batch length"], targets: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
+        """Cross-entropy over all items of what follows each row, summed."""
         vectors = self.items.weight[: self.padding]
-        loss: Tensor = ChunkedCrossEntropy.apply(states, vectors, targets[wanted], logits_at_a_time(vectors))
+        states = self.encode(items, LAST)[:, 0]
+        loss: Tensor = ChunkedCrossEntropy.apply(states, vectors, targets, logits_at_a_time(vectors))
         return loss
 
     def score(self, users: ndarray, histories: list[ndarray]) -> Float[Tensor, "batch items"]:
         """The logits after each history."""
         items = torch.from_numpy(left_padded(histories, self.config.max_history, self.padding))
-        states = self.encode(items.to(self.items.weight.device))[:, -1]
+        states = self.encode(items.to(self.items.weight.device), LAST)[:, 0]
         return states @ self.items.weight[: self.padding].T
 
 
 def sequential_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
-    """Every training prefix once an epoch: for BSARec as a sample of its own, for SASRec as places of the user's
-    windows of `max_history` items."""
+    """Every training prefix once an epoch, each a sample of its own."""
     settings: SequentialConfig = getattr(config.baselines, name)
     seed = config.seed
     model = SequenceModel(log.num_items, settings)
-    users, ends, firsts = samples(log.train_lengths(), settings)
+    users, ends = prefixes(log.train_lengths())
 
     def collate(chosen: ndarray, random: np.random.Generator) -> tuple[Tensor, ...]:
+        pairs = zip(users[chosen].tolist(), ends[chosen].tolist(), strict=True)
         inputs, targets = [], []
-        for number in chosen.tolist():
-            sequence = np.asarray(log.train_sequence(int(users[number])))
-            start, end = max(0, int(ends[number]) - settings.max_history), int(ends[number])
-            inputs.append(sequence[start:end])
-            wanted = sequence[start + 1 : end + 1].astype(np.int64)
-            wanted[: max(0, int(firsts[number]) - start)] = NOTHING
-            targets.append(wanted)
-        padded = (
-            left_padded(inputs, settings.max_history, model.padding),
-            left_padded(targets, settings.max_history, NOTHING),
-        )
-        return torch.from_numpy(padded[0]), torch.from_numpy(padded[1])
+        for user, end in pairs:
+            sequence = log.train_sequence(user)
+            inputs.append(np.asarray(sequence[max(0, end - settings.max_history) : end]))
+            targets.append(int(sequence[end]))
+        return torch.from_numpy(left_padded(inputs, settings.max_history, model.padding)), torch.tensor(targets)
 
     lengths = np.minimum(ends, settings.max_history)
     return Task(
         model=model,
         steps=lambda epoch: by_length(lengths, settings.batch_size, np.random.default_rng((seed, 41, epoch))),
         collate=collate,
-        supervised=lambda batch: int((batch[1] != NOTHING).sum()),
+        supervised=lambda batch: len(batch[1]),
     )
 
 
-def samples(train_lengths: ndarray, config: SequentialConfig) -> tuple[ndarray, ndarray, ndarray]:
-    """(user, end, first) of each: inputs are the `max_history` items before `end`, the inputs from `first` on are
-    supervised. Every input that has a successor is supervised once."""
-    users, ends, firsts = [], [], []
-    for user, length in enumerate(train_lengths.tolist()):
-        stride = 1 if config.alpha else config.max_history
-        for end in range(length - 1, 0, -stride):
-            users.append(user)
-            ends.append(end)
-            firsts.append(end - 1 if config.alpha else max(0, end - config.max_history))
-    return np.array(users, np.int64), np.array(ends, np.int64), np.array(firsts, np.int64)
+def prefixes(train_lengths: ndarray) -> tuple[ndarray, ndarray]:
+    """(user, end) of each: the items before `end` are read, the one there is the target."""
+    counts = np.maximum(train_lengths - 1, 0)
+    users = np.repeat(np.arange(len(counts)), counts)
+    return users, np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
 
 
 def left_padded(rows: list[ndarray], limit: int, value: int) -> Int[ndarray, "batch length"]:

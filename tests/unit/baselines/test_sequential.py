@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctd_scale.baselines.sequential import NOTHING, SequenceModel, low_pass_matrix, samples, sequential_task
+from ctd_scale.baselines.sequential import LAST, SequenceModel, low_pass_matrix, prefixes, sequential_task
 from ctd_scale.baselines.task import Task
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig
@@ -79,34 +79,33 @@ def test_sasrec_hears_nothing_of_what_follows_and_bsarec_does() -> None:
 
 
 @both
+def test_the_last_place_alone_is_the_last_of_all(config: SequentialConfig) -> None:
+    model, items = made(config), torch.tensor([[1, 2, 3, 4], [ITEMS, ITEMS, 5, 6]])
+    torch.testing.assert_close(model.encode(items, LAST), model.encode(items)[:, -1:])
+
+
+@both
 def test_every_prefix_is_supervised_once_and_sees_only_what_was_before(config: SequentialConfig) -> None:
     log = random_log()
     task = task_of(log, config)
     found = []
     for step in task.steps(0):
         items, targets = task.collate(step, np.random.default_rng(0))
-        assert task.supervised((items, targets)) == int((targets != NOTHING).sum())
-        for row, wanted in zip(items.numpy(), targets.numpy(), strict=True):
-            for place in np.flatnonzero(wanted != NOTHING):
-                # BSARec's filter hears the end of the row: nothing may follow the supervised place.
-                assert config.alpha == 0 or place == len(row) - 1
-                found.append((tuple(row[: place + 1][row[: place + 1] != ITEMS]), int(wanted[place])))
+        assert task.supervised((items, targets)) == len(step)
+        found += [
+            (*row[row != ITEMS].tolist(), target) for row, target in zip(items.numpy(), targets.tolist(), strict=True)
+        ]
     expected = []
     for user in range(log.num_users):
-        sequence = np.asarray(log.train_sequence(user))
-        expected += [(user, end) for end in range(1, len(sequence))]
-        for end in range(1, len(sequence)):
-            seen = [pair for pair in found if pair[1] == sequence[end] and pair[0][-1] == sequence[end - 1]]
-            assert any(pair[0] == tuple(sequence[end - len(pair[0]) : end]) for pair in seen)
-    assert len(found) == len(expected)
+        sequence = np.asarray(log.train_sequence(user)).tolist()
+        expected += [tuple(sequence[max(0, end - 6) : end + 1]) for end in range(1, len(sequence))]
+    assert sorted(found) == sorted(expected)
 
 
-def test_windows_of_sasrec_do_not_supervise_twice() -> None:
-    config = SequentialConfig(**SMALL)
-    users, ends, firsts = samples(np.array([20]), config)
-    covered = sorted(place for end, first in zip(ends, firsts, strict=True) for place in range(first, end))
-    assert covered == list(range(19))
-    assert set(users) == {0}
+def test_prefixes_of_short_sequences() -> None:
+    users, ends = prefixes(np.array([0, 1, 2, 4]))
+    assert users.tolist() == [2, 3, 3, 3]
+    assert ends.tolist() == [1, 1, 2, 3]
 
 
 @both
@@ -115,9 +114,8 @@ def test_the_loss_is_the_cross_entropy_of_the_scores(config: SequentialConfig) -
     task = task_of(log, config)
     items, targets = task.collate(task.steps(0)[0], np.random.default_rng(0))
     loss = model(items, targets)
-    logits = model.encode(items) @ model.items.weight[:ITEMS].T
-    wanted = targets != NOTHING
-    torch.testing.assert_close(loss, F.cross_entropy(logits[wanted], targets[wanted], reduction="sum"))
+    logits = model.encode(items)[:, -1] @ model.items.weight[:ITEMS].T
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction="sum"))
     loss.backward()
     assert model.items.weight.grad is not None
     assert not model.items.weight.grad[ITEMS].any(), "padding is never learned"
