@@ -158,6 +158,11 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json", help="print the endpoint's answer")] = False,
     explain: Annotated[bool, typer.Option(help="let the LLM say what the user wants")] = False,
     exclude_seen: Annotated[bool, typer.Option(help="leave out what is in the history")] = True,
+    category: Annotated[list[str] | None, typer.Option(help="only items of this category; repeatable")] = None,
+    exclude_category: Annotated[list[str] | None, typer.Option(help="no items of this category; repeatable")] = None,
+    exclude_item: Annotated[
+        list[str] | None, typer.Option(help="an item id that may not come back; repeatable")
+    ] = None,
     model: Annotated[str, typer.Option(help="a baseline of the run instead of the chain, such as sasrec")] = "",
 ) -> None:
     """Recommend for a known user, or after a history."""
@@ -170,12 +175,18 @@ def recommend(
         raise ValueError(f"--explain needs the chain; {model} says nothing")
     recommender = BaselineRecommender(Run.open(run), model) if model else Recommender(Run.open(run))
     items = history.split(",") if history is not None else None
-    resolved = Directory(recommender.log).history(user_id=user, history=items)
+    directory = Directory(recommender.log)
+    resolved = directory.history(user_id=user, history=items)
+    excluded = [
+        directory.excluded(
+            items=exclude_item or (), categories=category or None, exclude_categories=exclude_category or ()
+        )
+    ]
     if isinstance(recommender, BaselineRecommender):
         known = None if user is None else [recommender.log.user_ids.index(user)]
-        (answer,) = recommender.recommend([resolved], k, users=known, exclude_seen=exclude_seen)
+        (answer,) = recommender.recommend([resolved], k, users=known, exclude_seen=exclude_seen, excluded=excluded)
     else:
-        (answer,) = recommender.recommend([resolved], k, exclude_seen=exclude_seen, explain=explain)
+        (answer,) = recommender.recommend([resolved], k, exclude_seen=exclude_seen, explain=explain, excluded=excluded)
     response = response_object(recommender.version, answer, recommender.catalogue)
     if as_json:
         print(json.dumps(response, ensure_ascii=False))

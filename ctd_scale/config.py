@@ -246,7 +246,12 @@ class ServingConfig(Section):
     request_timeout_s: PositiveFloat = 30.0
     max_k: Positive = 500
     max_history: Positive = 500
+    max_requests: Positive = Field(100, description="of one batch")
     max_body_bytes: Positive = 1_000_000
+    cached_preferences: Annotated[int, Field(ge=0)] = Field(
+        100_000, description="preferences that each ingress replica keeps, by history"
+    )
+    access_log: bool = Field(True, description="a line of JSON for every request")
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> ServingConfig:

@@ -84,6 +84,17 @@ class RetrieveStep:
             preferences=preferences,
         )
 
+    def similar(self, item: int, k: int) -> tuple[Int32[ndarray, "k"], Float32[ndarray, "k"]]:
+        """The k items nearest to an item, without itself, by cosine."""
+        vector, nothing = self.retriever.vectors[item : item + 1], [np.zeros(0, np.int32)]
+        ids, cosines = self.retriever.search(vector, nothing, [np.array([item], np.int32)], k)
+        return ids[0], cosines[0]
+
+    def find(self, query: str, k: int) -> Int32[ndarray, "_"]:
+        """At most k items whose title or category has words of the query, best first."""
+        (found,) = self.retriever.matches([query], k)
+        return found
+
     def rank(
         self, pool: Pool, errors: Float32[ndarray, "batch pool"] | None, ranking: Ranking, k: int
     ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
@@ -163,9 +174,10 @@ class Recommender:
         *,
         exclude_seen: bool = True,
         explain: bool = False,
+        excluded: Sequence[Int32[ndarray, "_"]] | None = None,
     ) -> list[Recommendation]:
         """The k best items after each history, oldest item first. With `explain` the LLM also writes a text, and
-        items that agree with it gain."""
+        items that agree with it gain. `excluded` are items that may not come back either, a list for each history."""
         if k < 1:
             raise ValueError(f"k={k}, expected at least 1")
         if not histories:
@@ -173,7 +185,7 @@ class Recommender:
         preferences = self.preference(histories)
         texts = self.preference.texts(histories) if explain else [""] * len(histories)
         draws = self.density.draws(preferences)
-        pool = self.retrieve.pool(preferences, draws, texts, excluded_items(histories, exclude_seen))
+        pool = self.retrieve.pool(preferences, draws, texts, excluded_items(histories, exclude_seen, excluded))
         errors = self.density.errors(preferences, pool.vectors) if self.ranking.error else None
         ids, scores = self.retrieve.rank(pool, errors, self.ranking, k)
         return answers(ids, scores, texts)
@@ -200,6 +212,7 @@ class BaselineRecommender:
         *,
         users: Sequence[int] | None = None,
         exclude_seen: bool = True,
+        excluded: Sequence[Int32[ndarray, "_"]] | None = None,
     ) -> list[Recommendation]:
         """The k best items after each history. `users` are their indices in the log, which what has learned a vector
         per user cannot do without. Raises ValueError where it must."""
@@ -207,14 +220,20 @@ class BaselineRecommender:
             raise ValueError(f"{self.name} has a vector for each user of the log and none for a history; give a user")
         index = np.asarray(users if users is not None else np.zeros(len(histories), np.int64))
         scores = np.array(self._scorer(index, [np.asarray(history) for history in histories]), np.float32)
-        for row, excluded in zip(scores, excluded_items(histories, exclude_seen), strict=True):
-            row[excluded] = -np.inf
+        for row, unwanted in zip(scores, excluded_items(histories, exclude_seen, excluded), strict=True):
+            row[unwanted] = -np.inf
         return answers(*top_k(scores, k), [""] * len(histories))
 
 
-def excluded_items(histories: Sequence[ndarray], exclude_seen: bool) -> list[ndarray]:
-    """What may not come back for each history."""
-    return [np.unique(history) if exclude_seen else np.zeros(0, np.int32) for history in histories]
+def excluded_items(
+    histories: Sequence[ndarray], exclude_seen: bool, further: Sequence[ndarray] | None = None
+) -> list[ndarray]:
+    """What may not come back for each history: what is in it, and what is asked for besides."""
+    nothing = np.zeros(0, np.int32)
+    return [
+        np.union1d(history if exclude_seen else nothing, more).astype(np.int32)
+        for history, more in zip(histories, further or [nothing] * len(histories), strict=True)
+    ]
 
 
 def answers(ids: ndarray, scores: ndarray, texts: list[str]) -> list[Recommendation]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int32
+from jaxtyping import Float32, Float64, Int, Int32
 from numpy import ndarray
 
 from ctd_scale.metrics import top_k
@@ -79,28 +79,36 @@ class ExactIndex:
         Raises ValueError: a query without a direction or of another dimension.
         """
         _require_dim(queries, self.vectors.shape[1])
-        queries = unit_vectors(queries, "query")
-        ids = np.full((len(queries), k), -1, dtype=np.int32)
-        cosines = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        width = min(k, len(self.vectors))
-        for rows in _chunks(len(queries), max(1, BLOCK_SCORES // self.chunk_items)):
-            ids[rows, :width], cosines[rows, :width] = self._search_block(queries[rows], width)
-        return ids, cosines
+        return exact_search(self.vectors, unit_vectors(queries, "query"), k, chunk_items=self.chunk_items)
 
-    def _search_block(
-        self, queries: Float32[ndarray, "batch cond_dim"], k: int
-    ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
-        ids = np.empty((len(queries), 0), dtype=np.int32)
-        cosines = np.empty((len(queries), 0), dtype=np.float32)
-        for items in _chunks(len(self.vectors), self.chunk_items):
-            block = queries @ self.vectors[items].T
-            new_ids, new_cosines = top_k(block, min(k, block.shape[1]))
+
+def exact_search(
+    vectors: Float32[ndarray, "items cond_dim"],
+    queries: Float32[ndarray, "batch cond_dim"],
+    k: int,
+    *,
+    among: Int[ndarray, "some"] | None = None,
+    chunk_items: int = CHUNK_ITEMS,
+) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
+    """The exact k nearest of unit vectors, of all or `among` some (ascending ids); padded with -1 and -inf."""
+    ids = np.full((len(queries), k), -1, dtype=np.int32)
+    cosines = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    count = len(vectors) if among is None else len(among)
+    width = min(k, count)
+    for rows in _chunks(len(queries), max(1, BLOCK_SCORES // chunk_items)):
+        best = np.empty((len(queries[rows]), 0), dtype=np.int32)
+        scores = np.empty((len(queries[rows]), 0), dtype=np.float32)
+        for items in _chunks(count, chunk_items):
+            block = queries[rows] @ (vectors[items] if among is None else vectors[among[items]]).T
+            places, found = top_k(block, min(width, block.shape[1]))
             # What is kept comes first, so that position order is index order among equal cosines.
-            ids = np.concatenate([ids, new_ids + np.int32(items.start)], axis=1)
-            cosines = np.concatenate([cosines, new_cosines], axis=1)
-            places, cosines = top_k(cosines, min(k, ids.shape[1]))
-            ids = np.take_along_axis(ids, places, axis=1)
-        return ids, cosines
+            best = np.concatenate([best, places + np.int32(items.start)], axis=1)
+            scores = np.concatenate([scores, found], axis=1)
+            places, scores = top_k(scores, min(width, best.shape[1]))
+            best = np.take_along_axis(best, places, axis=1)
+        ids[rows, :width] = best if among is None else among[best]
+        cosines[rows, :width] = scores
+    return ids, cosines
 
 
 @dataclass(frozen=True)

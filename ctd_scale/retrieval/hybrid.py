@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 from numpy import ndarray
 
-from ctd_scale.retrieval.dense import DenseIndex, unit_vectors
+from ctd_scale.retrieval.dense import DenseIndex, exact_search, unit_vectors
 from ctd_scale.retrieval.text import TextIndex
 
 
@@ -65,9 +65,17 @@ class HybridRetriever:
         items = len(self.vectors)
         banned = self._pairs(excluded, batch, "excluded")
         pairs = [self._pairs(matches, batch, "matches")]
-        pending, owner = queries.reshape(-1, dim), np.repeat(np.arange(batch), per_user)
+        # Whoever may see only a part of the catalogue (a category) has that part searched, and the others the index.
+        narrow = np.array([len(each) > items // 2 for each in excluded])
+        for user in np.flatnonzero(narrow).tolist():
+            allowed = np.setdiff1d(np.arange(items), excluded[user])
+            ids, _ = exact_search(self.vectors, unit_vectors(queries[user], "query"), size, among=allowed)
+            pairs.append(user * items + ids[ids >= 0].astype(np.int64))
+        wide = np.repeat(~narrow, per_user)
+        pending, owner = queries.reshape(-1, dim)[wide], np.repeat(np.arange(batch), per_user)[wide]
         # One search does for most; a user with many excluded items must not make it dearer for everybody.
-        k = min(items, size + min(size, max(map(len, excluded), default=0)))
+        longest = max((len(each) for each in excluded if len(each) <= items // 2), default=0)
+        k = min(items, size + min(size, longest))
         while len(pending):
             ids, _ = self.dense.search(pending, k)
             found = owner[:, None] * items + ids

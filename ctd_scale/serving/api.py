@@ -3,69 +3,172 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Annotated, Any, Protocol, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ctd_scale import __version__
 from ctd_scale.config import ServingConfig
+from ctd_scale.serving.middleware import STAGES, BodyLimit, Observed, Record
 from ctd_scale.serving.schema import (
     MAX_CHARS,
+    BatchRequest,
+    BatchResponse,
     ErrorResponse,
     Health,
+    ItemsResponse,
+    Picture,
     RecommendRequest,
     RecommendResponse,
     RequestError,
+    UnknownItemError,
     UnknownUserError,
 )
-
-Answer = Callable[[RecommendRequest], Awaitable[dict[str, Any]]]
 
 # A queue is full, or no replica is there (yet, or any more).
 OVERLOAD = (BackPressureError, DeploymentUnavailableError, RayActorError)
 MAX_PROBLEMS = 3
 STATUSES = {
     400: "the body is not JSON",
-    404: "unknown user",
+    404: "unknown user or item",
     413: "the body is too large",
     422: "a field is wrong",
     503: "too many requests wait",
     504: "no answer in time",
 }
+PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+# The page loads nothing from elsewhere, whatever a title holds.
+PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
+
+Found = TypeVar("Found")
 
 
-def make_api(answer: Answer, version: str, config: ServingConfig) -> FastAPI:
-    """The endpoint around `answer`, which may raise RequestError and what Ray Serve raises under load."""
+@dataclass(frozen=True)
+class Answered:
+    """An answer, and the seconds that each stage took for it."""
+
+    body: dict[str, Any]
+    seconds: dict[str, float]
+
+
+class Backend(Protocol):
+    """The chain, as the routes ask it. What it gives are the fields of the response models; it may raise RequestError
+    and what Ray Serve raises under load."""
+
+    version: str
+
+    async def ready(self) -> None: ...
+    async def recommend(self, request: RecommendRequest) -> Answered: ...
+    async def picture(self, request: RecommendRequest) -> dict[str, Any]: ...
+    async def similar(self, item_id: str, k: int) -> dict[str, Any]: ...
+    async def find(self, query: str, k: int) -> dict[str, Any]: ...
+    async def metrics(self) -> str: ...
+    def observe(self, record: Record) -> None: ...
+
+
+def make_api(backend: Backend, config: ServingConfig) -> FastAPI:
+    """The endpoint around a chain."""
     api = FastAPI(title="ctd-scale", version=__version__, description="Generative recommendation.")
     api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    api.add_middleware(Observed, observe=backend.observe)
     _add_error_handlers(api)
-
-    @api.get("/healthz")
-    async def healthz() -> Health:
-        return Health(status="ok", version=version)
-
+    _add_page(api)
     documented: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": meaning} for status, meaning in STATUSES.items()
     }
 
-    @api.post("/v1/recommend", response_model=RecommendResponse, responses=documented)
-    async def recommend(request: RecommendRequest) -> dict[str, Any]:
-        check_limits(request, config)
+    async def in_time(answer: Awaitable[Found]) -> Found:
         try:
-            return await asyncio.wait_for(answer(request), config.request_timeout_s)
+            return await asyncio.wait_for(answer, config.request_timeout_s)
         except asyncio.TimeoutError:
             raise HTTPException(504, f"no answer within {config.request_timeout_s:g} s") from None
         except OVERLOAD as error:  # not by a handler: Ray Serve puts its own in its place
             raise HTTPException(503, "too busy, try again later", {"Retry-After": "1"}) from error
 
+    @api.get("/healthz")
+    async def healthz() -> Health:
+        """The endpoint is up."""
+        return Health(status="ok", version=backend.version)
+
+    @api.get("/readyz", responses={status: documented[status] for status in (503, 504)})
+    async def readyz() -> Health:
+        """Every step has answered once."""
+        await in_time(backend.ready())
+        return Health(status="ready", version=backend.version)
+
+    @api.get("/v1/version")
+    async def version() -> Health:
+        """What is served: 12 hex digits over models and index."""
+        return Health(status="ok", version=backend.version)
+
+    @api.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """Counts and times of all replicas, for Prometheus."""
+        return PlainTextResponse(await in_time(backend.metrics()), media_type="text/plain; version=0.0.4")
+
+    @api.post("/v1/recommend", response_model=RecommendResponse, responses=documented)
+    async def recommend(request: RecommendRequest, http: Request) -> dict[str, Any]:
+        check_limits(request, config)
+        answered = await in_time(backend.recommend(request))
+        setattr(http.state, STAGES, answered.seconds)
+        return answered.body
+
+    @api.post("/v1/recommend:batch", response_model=BatchResponse, responses=documented)
+    async def recommend_batch(request: BatchRequest) -> dict[str, Any]:
+        """Several requests; one that is wrong gets an error in its place, and the others their answers."""
+        if len(request.requests) > config.max_requests:
+            raise RequestError(f"requests: {len(request.requests)}, expected at most {config.max_requests}")
+
+        async def one(request: RecommendRequest) -> dict[str, Any]:
+            try:
+                check_limits(request, config)
+                return (await backend.recommend(request)).body
+            except RequestError as error:
+                return {"error": _encodable(str(error))}
+
+        return {"responses": await in_time(asyncio.gather(*map(one, request.requests)))}
+
+    some = Query(10, ge=1, le=config.max_k)
+
+    @api.get("/v1/items/{item_id:path}/similar", response_model=ItemsResponse, responses=documented)
+    async def similar(item_id: str, k: int = some) -> dict[str, Any]:
+        """The items whose vectors are nearest to that of one."""
+        return await in_time(backend.similar(item_id, k))
+
+    @api.get("/v1/items", response_model=ItemsResponse, responses=documented)
+    async def find(query: Annotated[str, Query(min_length=1, max_length=200)], k: int = some) -> dict[str, Any]:
+        """The items whose title or category has words of the query."""
+        return await in_time(backend.find(query, k))
+
+    @api.post("/v1/picture", response_model=Picture, responses=documented)
+    async def picture(request: RecommendRequest) -> dict[str, Any]:
+        """The preference after a history, the generated vectors and the items around them, in two dimensions."""
+        check_limits(request, config)
+        return await in_time(backend.picture(request))
+
     return api
+
+
+def _add_page(api: FastAPI) -> None:
+    for path, (name, media_type) in PAGE.items():
+        text = (resources.files("ctd_scale.serving") / "page" / name).read_text(encoding="utf-8")
+
+        async def file(text: str = text, media_type: str = media_type) -> Response:
+            return Response(text, media_type=media_type, headers=PAGE_HEADERS)
+
+        api.add_api_route(path, file, include_in_schema=False, response_model=None)
 
 
 def check_limits(request: RecommendRequest, config: ServingConfig) -> None:
@@ -76,31 +179,10 @@ def check_limits(request: RecommendRequest, config: ServingConfig) -> None:
         raise RequestError(f"history: {len(request.history)} items, expected at most {config.max_history}")
 
 
-class BodyLimit:
-    """Refuses a body once more than `max_bytes` of it arrived, whatever its Content-Length claims."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
-
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise HTTPException(413, f"body: expected at most {self._max_bytes} bytes")
-            return message
-
-        await self._app(scope, limited if scope["type"] == "http" else receive, send)
-
-
 def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(RequestError)
     async def refused(_: Request, raised: RequestError) -> JSONResponse:
-        return _error(404 if isinstance(raised, UnknownUserError) else 422, str(raised))
+        return _error(404 if isinstance(raised, UnknownUserError | UnknownItemError) else 422, str(raised))
 
     @api.exception_handler(Exception)
     async def failed(_: Request, raised: Exception) -> JSONResponse:
@@ -125,6 +207,9 @@ def _described(problem: dict[str, Any]) -> str:
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    # A lone surrogate, such as in the name of an unknown field, cannot be encoded as it is.
-    shown = message.encode("utf-8", "backslashreplace").decode()
-    return JSONResponse({"error": shown}, status, headers)
+    return JSONResponse({"error": _encodable(message)}, status, headers)
+
+
+def _encodable(message: str) -> str:
+    """A lone surrogate, such as in the name of an unknown field, cannot be encoded as it is."""
+    return message.encode("utf-8", "backslashreplace").decode()

@@ -20,8 +20,9 @@ from ray.serve.schema import LoggingConfig
 
 from ctd_scale.artifacts import Run
 from ctd_scale.config import RunConfig, ServingConfig
-from ctd_scale.recommender import load_artifacts
+from ctd_scale.recommender import load_artifacts, version_of
 from ctd_scale.serving.deployments import App, Denoise, Preference, Retrieve
+from ctd_scale.serving.telemetry import Telemetry
 from ctd_scale.training import console, start_ray
 
 APPLICATION = "ctd-scale"
@@ -42,7 +43,8 @@ def build_app(run: Run, config: RunConfig) -> serve.Application:
     """
     if run.is_local:  # replicas may live in another working directory
         run = replace(run, storage=str(run.root.parent))
-    digests = {name: artifact.digest for name, artifact in load_artifacts(run).items()}
+    artifacts = load_artifacts(run)
+    digests = {name: artifact.digest for name, artifact in artifacts.items()}
     serving, gpus = config.serving, GPU_SHARE if config.resources.llm.use_gpu else 0.0
     release = (run, digests, config)
     preference = serve.deployment(**_options(serving, PREFERENCE_CPUS, gpus))(Preference).bind(*release)
@@ -53,7 +55,11 @@ def build_app(run: Run, config: RunConfig) -> serve.Application:
     # together, so that it is a step that refuses, in our words, and /healthz still answers.
     in_flight = serving.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests
     ingress["max_ongoing_requests"] = ingress["max_queued_requests"] = 3 * in_flight + 16
-    return serve.deployment(**ingress)(App).bind(*release, preference, denoise, retrieve)
+    # One for all: what it counts is everybody's. It is never in the way of an answer.
+    counting = {"num_replicas": 1, "max_ongoing_requests": 1000, "logging_config": QUIET}
+    counting["ray_actor_options"] = {"num_cpus": 0}
+    telemetry = serve.deployment(**counting)(Telemetry).bind(version_of(artifacts))
+    return serve.deployment(**ingress)(App).bind(*release, preference, denoise, retrieve, telemetry)
 
 
 def build_from_args(args: dict[str, str]) -> serve.Application:
@@ -115,20 +121,20 @@ def _start(application: serve.Application, config: ServingConfig, host: str, por
     serve.run(application, name=APPLICATION, route_prefix="/")
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
-    _wait_until_healthy(url)
+    _wait_until_ready(url)
     return url
 
 
-def _wait_until_healthy(url: str) -> None:
+def _wait_until_ready(url: str) -> None:
     """The proxy learns of a new application a moment after its replicas are up."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/healthz", timeout=5):
+            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{url}/healthz does not answer: {error}") from None
+                raise RuntimeError(f"{url}/readyz does not answer: {error}") from None
         time.sleep(0.05)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Int32
 from numpy import ndarray
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,6 +26,10 @@ class UnknownUserError(RequestError):
     """The user id is not in the interaction log."""
 
 
+class UnknownItemError(RequestError):
+    """The item id is not in the catalogue."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -36,6 +41,9 @@ class RecommendRequest(_Strict):
     user_id: str | None = Field(None, description="a user of the interaction log", examples=[None])
     k: int = Field(10, ge=1, description="how many items; at most serving.max_k")
     exclude_seen: bool = Field(True, description="leave out what is in the history")
+    exclude_items: list[str] = Field([], description="item ids that may not come back")
+    categories: list[str] | None = Field(None, description="only items of these categories")
+    exclude_categories: list[str] = Field([], description="no items of these categories")
     explain: bool = Field(False, description="let the LLM say what the user wants; items that agree with it gain")
 
 
@@ -55,17 +63,53 @@ class RecommendResponse(_Strict):
     text: str
 
 
+class ErrorResponse(_Strict):
+    """Every answer that is not a success."""
+
+    error: str
+
+
+class BatchRequest(_Strict):
+    """Several requests, answered together."""
+
+    requests: list[RecommendRequest] = Field(min_length=1, description="at most serving.max_requests")
+
+
+class BatchResponse(_Strict):
+    """An answer or an error for each request, in their order."""
+
+    responses: list[RecommendResponse | ErrorResponse]
+
+
+class ItemsResponse(_Strict):
+    """Items, best first: those like another (score: the cosine of their vectors) or those that a query names."""
+
+    version: str
+    items: list[RankedItem]
+
+
+class Point(_Strict):
+    """A vector's place in the picture; `item_id` and `title` where it is an item's."""
+
+    kind: Literal["preference", "draw", "item"]
+    x: float
+    y: float
+    item_id: str = ""
+    title: str = ""
+
+
+class Picture(_Strict):
+    """The preference, the generated vectors and the items around them, on the two axes that tell most apart."""
+
+    version: str
+    points: list[Point]
+
+
 class Health(_Strict):
     """The endpoint is up and answers with this version."""
 
     status: str
     version: str
-
-
-class ErrorResponse(_Strict):
-    """Every answer that is not a success."""
-
-    error: str
 
 
 class Directory:
@@ -75,6 +119,9 @@ class Directory:
         self._log = log
         self._users = {user_id: index for index, user_id in enumerate(log.user_ids)}
         self._items = {item_id: index for index, item_id in enumerate(log.catalogue.item_ids)}
+        categories = pa.array(log.catalogue.categories, pa.string()).dictionary_encode()
+        self._categories = {name: code for code, name in enumerate(categories.dictionary.to_pylist())}
+        self._category_of = categories.indices.to_numpy()
 
     def history(self, *, user_id: str | None = None, history: Sequence[str] | None = None) -> Int32[ndarray, "length"]:
         """Item indices, oldest first: a user's whole history, or the given item ids.
@@ -100,21 +147,59 @@ class Directory:
     def _of_items(self, history: Sequence[str]) -> Int32[ndarray, "length"]:
         if not history:
             raise RequestError("history: is empty, expected at least one item id")
-        unknown = list(dict.fromkeys(item_id for item_id in history if item_id not in self._items))
-        if unknown:
-            named = ", ".join(map(_shown, unknown[:MAX_NAMED]))
-            more = f" and {len(unknown) - MAX_NAMED} more" if len(unknown) > MAX_NAMED else ""
-            raise RequestError(f"history: unknown item ids {named}{more}")
-        return np.array([self._items[item_id] for item_id in history], np.int32)
+        return _looked_up(history, self._items, "history", "item ids")
+
+    def item(self, item_id: str) -> int:
+        """Index of an item. Raises UnknownItemError."""
+        if item_id not in self._items:
+            raise UnknownItemError(f"item_id: {_shown(item_id)} is not in the catalogue")
+        return self._items[item_id]
+
+    def excluded(
+        self,
+        *,
+        items: Sequence[str] = (),
+        categories: Sequence[str] | None = None,
+        exclude_categories: Sequence[str] = (),
+    ) -> Int32[ndarray, "_"]:
+        """Items that may not come back: the named ones, those outside `categories`, those in `exclude_categories`.
+
+        Raises RequestError: an unknown item or category, or no category allowed.
+        """
+        named = _looked_up(items, self._items, "exclude_items", "item ids")
+        unwanted = np.zeros(len(self._categories), bool)
+        if categories is not None:
+            if not categories:
+                raise RequestError("categories: is empty, expected at least one, or none given")
+            unwanted[:] = True
+            unwanted[_looked_up(categories, self._categories, "categories", "categories")] = False
+        unwanted[_looked_up(exclude_categories, self._categories, "exclude_categories", "categories")] = True
+        if not unwanted.any():
+            return named
+        return np.union1d(named, np.flatnonzero(unwanted[self._category_of])).astype(np.int32)
+
+
+def _looked_up(names: Sequence[str], index: Mapping[str, int], field: str, what: str) -> Int32[ndarray, "names"]:
+    unknown = list(dict.fromkeys(name for name in names if name not in index))
+    if unknown:
+        named = ", ".join(map(_shown, unknown[:MAX_NAMED]))
+        more = f" and {len(unknown) - MAX_NAMED} more" if len(unknown) > MAX_NAMED else ""
+        raise RequestError(f"{field}: unknown {what} {named}{more}")
+    return np.array([index[name] for name in names], np.int32)
 
 
 def response_object(version: str, recommendation: Recommendation, catalogue: Catalogue) -> dict[str, Any]:
     """The answer as plain values: `{"version", "items": [{"item_id", "title", "score"}], "text"}`."""
-    items = [
-        {"item_id": catalogue.item_ids[item], "title": catalogue.titles[item], "score": score}
-        for item, score in zip(recommendation.items, recommendation.scores, strict=True)
-    ]
+    items = ranked_items(recommendation.items, recommendation.scores, catalogue)
     return {"version": version, "items": items, "text": recommendation.text}
+
+
+def ranked_items(items: Iterable[int], scores: Iterable[float], catalogue: Catalogue) -> list[dict[str, Any]]:
+    """Items as they are answered."""
+    return [
+        {"item_id": catalogue.item_ids[item], "title": catalogue.titles[item], "score": score}
+        for item, score in zip(items, scores, strict=True)
+    ]
 
 
 def _shown(raw_id: str) -> str:

@@ -118,6 +118,8 @@ def assert_same(found: httpx.Response, wanted: dict[str, Any]) -> None:
 
 def test_health_and_documentation(server: Server, recommender: Recommender) -> None:
     assert server.client.get("/healthz").json() == {"status": "ok", "version": recommender.version}
+    for path, status in (("/v1/version", "ok"), ("/readyz", "ready")):
+        assert server.client.get(path).json() == {"status": status, "version": recommender.version}
     assert server.client.get("/docs").status_code == 200
 
 
@@ -148,6 +150,81 @@ def test_requests_that_come_together_are_answered_as_alone(server: Server, recom
     for user, response in enumerate(found):
         history = recommender.log.full_history(user)
         assert_same(response, expected(recommender, history, explain=user % 2 == 0))
+
+
+def test_filters_are_those_of_one_process(server: Server, recommender: Recommender) -> None:
+    catalogue, history = recommender.catalogue, np.array([3, 1], np.int32)
+    allowed = {item for item in range(40) if catalogue.categories[item] in ("drama", "crime")} - {8, 3, 1}
+    excluded = np.array([item for item in range(40) if item not in allowed], np.int32)
+    found = server.post(history=["i3", "i1"], k=5, categories=["drama", "crime"], exclude_items=["i8"])
+    (answer,) = recommender.recommend([history], 5, excluded=[excluded])
+    assert_same(found, response_object(recommender.version, answer, catalogue))
+    assert len(answer.items) == 5
+    assert set(answer.items) <= allowed
+    everything = server.post(history=["i3", "i1"], k=50, exclude_categories=["comedy", "western", "crime"]).json()
+    dramas = {f"i{item}" for item in range(40) if catalogue.categories[item] == "drama"}
+    assert {item["item_id"] for item in everything["items"]} == dramas
+    unknown = server.post(history=["i3"], categories=["dramma"])
+    assert (unknown.status_code, unknown.json()) == (422, {"error": "categories: unknown categories 'dramma'"})
+
+
+def test_a_batch_is_its_singles(server: Server, recommender: Recommender) -> None:
+    requests = [{"user_id": f"u{user}", "k": 3} for user in range(5)]
+    asked = {"requests": [*requests, {"user_id": "u9999"}]}
+    response = server.client.post("/v1/recommend:batch", json=asked)
+    *found, error = response.json()["responses"]
+    for user, answer in enumerate(found):
+        wanted = expected(recommender, recommender.log.full_history(user), 3)
+        assert [item["item_id"] for item in answer["items"]] == [item["item_id"] for item in wanted["items"]]
+    assert error == {"error": "user_id: 'u9999' is not in the interaction log; give a history instead"}
+
+
+def test_items_like_one_and_items_by_name(server: Server, recommender: Recommender) -> None:
+    vectors = recommender.retrieve.retriever.vectors
+    nearest = np.argsort(-(vectors @ vectors[7]))[1:6]
+    found = server.client.get("/v1/items/i7/similar", params={"k": 5}).json()["items"]
+    assert [item["item_id"] for item in found] == [f"i{item}" for item in nearest]
+    assert found[0]["score"] == pytest.approx(float(vectors[nearest[0]] @ vectors[7]), abs=1e-5)
+    titles = [
+        item["title"] for item in server.client.get("/v1/items", params={"query": "golden garden"}).json()["items"]
+    ]
+    assert titles[0] == "Golden Garden"
+    assert all("Golden" in title or "Garden" in title for title in titles)
+
+
+def test_a_picture_shows_the_preference_the_draws_and_items_that_may_come_back(server: Server) -> None:
+    asked = {"history": ["i3", "i1"], "k": 6, "exclude_categories": ["comedy"]}
+    points = server.client.post("/v1/picture", json=asked).json()["points"]
+    assert Counter(point["kind"] for point in points) == {"preference": 1, "draw": 4, "item": 6}
+    assert max(max(abs(point["x"]), abs(point["y"])) for point in points) == pytest.approx(1)
+    shown = {point["item_id"] for point in points if point["kind"] == "item"}
+    assert not shown & {"i3", "i1"}
+    assert not any(int(item[1:]) % 4 == 1 for item in shown), "every fourth is a comedy"
+
+
+def test_a_preference_is_read_once_and_all_is_counted(server: Server) -> None:
+    def counted(line: str) -> float:
+        text = server.client.get("/metrics").text
+        found = re.search(rf"^{re.escape(line)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    hits, misses = (f'ctd_preference_cache_total{{outcome="{outcome}"}}' for outcome in ("hit", "miss"))
+    answered = 'ctd_requests_total{route="/v1/recommend",status="200"}'
+    before = [counted(line) for line in (hits, misses, answered)]
+    timings = [server.post(history=["i31", "i32", "i33"]).headers["Server-Timing"] for _ in range(3)]
+    assert [counted(line) for line in (hits, misses, answered)] == [
+        before[0] + 2,
+        before[1] + 1,
+        before[2] + 3,
+    ]
+    assert [stage.split(";")[0] for stage in timings[0].split(", ")] == [
+        "preference",
+        "draws",
+        "retrieve",
+        "error",
+        "rank",
+    ]
+    assert "preference_cached" in timings[1]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +276,8 @@ def test_a_step_that_hangs_fills_the_queue_and_times_out(server: Server) -> None
     try:
         started = time.monotonic()
         with ThreadPoolExecutor(32) as threads:
-            found = list(threads.map(lambda user: server.post(user_id=f"u{user}"), range(32)))
+            # Histories that nobody has asked about: the preference after a known one needs no LLM.
+            found = list(threads.map(lambda item: server.post(history=["i39", f"i{item}", "i39"]), range(32)))
         elapsed = time.monotonic() - started
         assert elapsed < 3 * TIMEOUT_S
         assert server.client.get("/healthz").status_code == 200

@@ -203,11 +203,25 @@ def test_a_pool_is_the_union_over_its_queries(given: dict[str, Any], per_user: i
 # -- pool, cosines, rank -------------------------------------------------------------------------------------
 
 
+def test_who_may_see_few_items_has_those_searched_exactly() -> None:
+    vectors = random_unit(np.random.default_rng(3), 64, 8)
+    shy = ShyIndex(vectors)
+    allowed = np.arange(5, 64, 6)
+    excluded = [NONE, np.setdiff1d(np.arange(64), allowed).astype(np.int32)]
+    hybrid = HybridRetriever(vectors, shy, None, 0.1)
+    pools = hybrid.pool(vectors[:2, None], [NONE, NONE], excluded, size=4)
+    assert shy.asked == [(1, 4), (1, 8)], "for the first user alone"
+    nearest = allowed[np.argsort(-(vectors[allowed] @ vectors[1]))[:4]]
+    assert pools[1].tolist() == sorted(nearest.tolist())
+    few = hybrid.search(vectors[:1], [NONE], [np.arange(62, dtype=np.int32)], k=5)[0]
+    assert sorted(few[0].tolist()) == [-1, -1, -1, 62, 63]
+
+
 def test_the_pool_fetches_more_until_enough_are_allowed() -> None:
     vectors = random_unit(np.random.default_rng(3), 64, 8)
     shy = ShyIndex(vectors)
     hybrid = HybridRetriever(vectors, shy, None, 0.1)
-    excluded = [NONE, shy.exact.search(vectors[1:2], 40)[0][0]]
+    excluded = [NONE, shy.exact.search(vectors[1:2], 30)[0][0]]
     pools = hybrid.pool(vectors[:2, None], [NONE, NONE], excluded, size=4)
     assert [(pool >= 0).sum() for pool in pools] == [4, 4]
     assert not np.isin(pools[1], excluded[1]).any()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -11,34 +13,71 @@ import pytest
 from ray.serve.exceptions import BackPressureError
 
 from ctd_scale.config import ServingConfig
-from ctd_scale.serving.api import make_api
-from ctd_scale.serving.schema import RecommendRequest, RequestError, UnknownUserError
+from ctd_scale.serving.api import Answered, make_api
+from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.schema import RecommendRequest, RequestError, UnknownItemError, UnknownUserError
 
-CONFIG = ServingConfig(max_k=50, max_history=4, max_body_bytes=1000, request_timeout_s=0.05)
+CONFIG = ServingConfig(max_k=50, max_history=4, max_requests=3, max_body_bytes=1000, request_timeout_s=0.05)
 ANSWER = {"version": "v1", "items": [{"item_id": "a", "title": "Alpha", "score": 0.5}], "text": ""}
 JSON = {"Content-Type": "application/json"}
 
 Ask = Callable[..., httpx.Response]
 
 
-async def answer(request: RecommendRequest) -> dict[str, Any]:
-    """Does what the user id says."""
-    if request.user_id == "slow":
-        await asyncio.sleep(30)
-    for error in (RequestError("history: no"), UnknownUserError("user_id: no '\ud800'"), ZeroDivisionError("secret")):
-        if request.user_id == type(error).__name__:
-            raise error
-    if request.user_id == "BackPressureError":
-        raise BackPressureError(num_queued_requests=6, max_queued_requests=6)
-    return ANSWER
+class Pretended:
+    """Does what the user id says; keeps what it is told."""
+
+    version = "v1"
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    async def ready(self) -> None:
+        pass
+
+    async def recommend(self, request: RecommendRequest) -> Answered:
+        if request.user_id == "slow":
+            await asyncio.sleep(30)
+        for error in (
+            RequestError("history: no"),
+            UnknownUserError("user_id: no '\ud800'"),
+            ZeroDivisionError("secret"),
+        ):
+            if request.user_id == type(error).__name__:
+                raise error
+        if request.user_id == "BackPressureError":
+            raise BackPressureError(num_queued_requests=6, max_queued_requests=6)
+        return Answered(ANSWER, {"preference": 0.25, "rank": 0.001})
+
+    async def picture(self, request: RecommendRequest) -> dict[str, Any]:
+        return {"version": "v1", "points": [{"kind": "draw", "x": 0.5, "y": -1.0}]}
+
+    async def similar(self, item_id: str, k: int) -> dict[str, Any]:
+        if item_id != "a/b c":
+            raise UnknownItemError(f"item_id: {item_id!r} is not in the catalogue")
+        return {"version": "v1", "items": ANSWER["items"] * k}
+
+    async def find(self, query: str, k: int) -> dict[str, Any]:
+        return {"version": "v1", "items": [{"item_id": "q", "title": query, "score": 1.0}]}
+
+    async def metrics(self) -> str:
+        return "ctd_requests_total 3.0\n"
+
+    def observe(self, record: Record) -> None:
+        self.records.append(record)
 
 
 @pytest.fixture
-def ask() -> Ask:
+def backend() -> Pretended:
+    return Pretended()
+
+
+@pytest.fixture
+def ask(backend: Pretended) -> Ask:
     """Send one request to the app; returns its response."""
 
     async def send(method: str, path: str, **options: Any) -> httpx.Response:
-        transport = httpx.ASGITransport(make_api(answer, "v1", CONFIG), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(make_api(backend, CONFIG), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, **options)
 
@@ -52,7 +91,8 @@ def test_an_answer_is_sent_as_it_is(ask: Ask) -> None:
 
 
 def test_health_and_documentation(ask: Ask) -> None:
-    assert ask("GET", "/healthz").json() == {"status": "ok", "version": "v1"}
+    for path, status in (("/healthz", "ok"), ("/v1/version", "ok"), ("/readyz", "ready")):
+        assert ask("GET", path).json() == {"status": status, "version": "v1"}
     assert ask("GET", "/docs").status_code == 200
     assert "/v1/recommend" in ask("GET", "/openapi.json").json()["paths"]
 
@@ -123,3 +163,85 @@ def test_a_large_body_is_refused_with_and_without_a_length(ask: Ask) -> None:
         response = ask("POST", "/v1/recommend", content=content, headers=JSON)
         assert (response.status_code, response.json()) == (413, {"error": "body: expected at most 1000 bytes"})
     assert ask("POST", "/v1/recommend", content=b'{"user_id": "a"}'.ljust(1000), headers=JSON).status_code == 200
+
+
+def test_a_batch_answers_each_and_names_what_is_wrong_with_one(ask: Ask) -> None:
+    requests: list[dict[str, Any]] = [{"user_id": "a"}, {"user_id": "UnknownUserError"}, {"user_id": "a", "k": 51}]
+    response = ask("POST", "/v1/recommend:batch", json={"requests": requests})
+    errors = [{"error": r"user_id: no '\ud800'"}, {"error": "k: expected at most 50"}]
+    assert (response.status_code, response.json()) == (200, {"responses": [ANSWER, *errors]})
+    for body, message in (
+        ({"requests": requests * 2}, "requests: 6, expected at most 3"),
+        ({"requests": []}, "requests: List should have at least 1 item"),
+        ({"requests": [{"user_id": 1}]}, "requests.0.user_id: Input should be a valid string"),
+    ):
+        refused = ask("POST", "/v1/recommend:batch", json=body)
+        assert refused.status_code == 422
+        assert refused.json()["error"].startswith(message)
+    busy = ask("POST", "/v1/recommend:batch", json={"requests": [{"user_id": "a"}, {"user_id": "BackPressureError"}]})
+    assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
+
+
+def test_items_like_one_and_items_by_name(ask: Ask) -> None:
+    similar = ask("GET", "/v1/items/a%2Fb%20c/similar", params={"k": 2})
+    assert similar.json() == {"version": "v1", "items": ANSWER["items"] * 2}
+    unknown = ask("GET", "/v1/items/x/similar")
+    assert (unknown.status_code, unknown.json()) == (404, {"error": "item_id: 'x' is not in the catalogue"})
+    assert ask("GET", "/v1/items", params={"query": "é <b>"}).json()["items"][0]["title"] == "é <b>"
+    for path, params in (("/v1/items", {}), ("/v1/items", {"query": "a", "k": 51}), ("/v1/items/a/similar", {"k": 0})):
+        refused = ask("GET", path, params=params)
+        assert (refused.status_code, list(refused.json())) == (422, ["error"])
+    assert ask("POST", "/v1/picture", json={"user_id": "a"}).json()["points"][0]["kind"] == "draw"
+
+
+def test_every_answer_has_the_id_of_its_request_and_says_where_the_time_went(ask: Ask, backend: Pretended) -> None:
+    response = ask("POST", "/v1/recommend", json={"user_id": "a"}, headers={"X-Request-ID": "mine-1"})
+    assert response.headers["X-Request-ID"] == "mine-1"
+    assert response.headers["Server-Timing"] == "preference;dur=250.00, rank;dur=1.00"
+    for brought in ("x" * 65, 'a"b', "", "ä"):
+        given = ask("POST", "/v1/recommend", json={"user_id": "slow"}, headers={"X-Request-ID": brought.encode()})
+        assert len(given.headers["X-Request-ID"]) == 32
+        assert "Server-Timing" not in given.headers
+    ask("GET", "/v1/items/a%2Fb%20c/similar")
+    ask("GET", "/no/such/path")
+    ask("POST", "/v1/recommend", json={"user_id": "ZeroDivisionError"})
+    assert [(record.route, record.status) for record in backend.records] == [
+        ("/v1/recommend", 200),
+        *[("/v1/recommend", 504)] * 4,
+        ("/v1/items/{item_id:path}/similar", 200),
+        ("unknown", 404),
+        ("/v1/recommend", 500),
+    ]
+    assert backend.records[0].stages == {"preference": 0.25, "rank": 0.001}
+    assert backend.records[0].request_id == "mine-1"
+    assert min(record.seconds for record in backend.records[1:5]) >= CONFIG.request_timeout_s
+
+
+def test_the_access_log_is_json(ask: Ask, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "ctd_scale.access"):
+        ask("POST", "/v1/recommend", json={"user_id": "a"}, headers={"X-Request-ID": "mine-2"})
+    (line,) = [json.loads(record.message) for record in caplog.records]
+    assert (line["request_id"], line["method"], line["route"], line["status"]) == (
+        "mine-2",
+        "POST",
+        "/v1/recommend",
+        200,
+    )
+
+
+def test_the_page_and_what_it_needs_come_from_here_alone(ask: Ask) -> None:
+    page = ask("GET", "/")
+    assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert page.headers["Content-Security-Policy"] == "default-src 'self'"
+    needed = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert needed == ["page.css", "data:,", "page.js", "docs", "metrics"]
+    for path in ("page.css", "page.js"):
+        assert ask("GET", f"/{path}").status_code == 200
+    # Titles may hold anything: the script never makes HTML of a text.
+    assert not re.search("innerHTML|insertAdjacentHTML|document.write|eval", ask("GET", "/page.js").text)
+
+
+def test_metrics_are_plain_text(ask: Ask) -> None:
+    response = ask("GET", "/metrics")
+    assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert response.text == "ctd_requests_total 3.0\n"

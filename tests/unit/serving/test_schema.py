@@ -16,6 +16,7 @@ from ctd_scale.serving.schema import (
     RecommendRequest,
     RecommendResponse,
     RequestError,
+    UnknownItemError,
     UnknownUserError,
     response_object,
 )
@@ -91,3 +92,49 @@ def test_defaults_of_a_request() -> None:
 def test_a_request_is_taken_at_its_word(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         RecommendRequest.model_validate(given)
+
+
+# -- what may not come back ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sorted_directory() -> Directory:
+    catalogue = Catalogue(list("abcdef"), list("ABCDEF"), ["x", "y", "x", "", "z", "y"])
+    return Directory(InteractionLog(np.array([0, 1]), np.array([2], np.int32), ["ann"], catalogue))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ""),
+        ({"items": ["e", "a", "e"]}, "aee"),
+        ({"categories": ["x"]}, "bdef"),
+        ({"categories": ["x", "z"], "items": ["a"]}, "abdf"),
+        ({"exclude_categories": ["y"]}, "bf"),
+        ({"categories": ["x", "y"], "exclude_categories": ["y"]}, "bdef"),
+        ({"exclude_categories": [""]}, "d"),
+    ],
+)
+def test_excluded_items_of_a_request(sorted_directory: Directory, given: dict[str, Any], expected: str) -> None:
+    assert sorted("abcdef"[item] for item in sorted_directory.excluded(**given)) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"items": ["a", "q"]}, "exclude_items: unknown item ids 'q'"),
+        ({"categories": ["X"]}, "categories: unknown categories 'X'"),
+        ({"exclude_categories": ["w", "x"]}, "exclude_categories: unknown categories 'w'"),
+        ({"categories": []}, "categories: is empty, expected at least one, or none given"),
+    ],
+)
+def test_an_unknown_name_is_no_filter(sorted_directory: Directory, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        sorted_directory.excluded(**given)
+    assert str(caught.value) == message
+
+
+def test_an_item_by_its_id(sorted_directory: Directory) -> None:
+    assert sorted_directory.item("c") == 2
+    with pytest.raises(UnknownItemError, match="item_id: 'q' is not in the catalogue"):
+        sorted_directory.item("q")

@@ -1,0 +1,89 @@
+"""What every request passes on its way in and out: a bound on its body, an id, a stopwatch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, MutableMapping
+from dataclasses import asdict, dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+REQUEST_ID, SERVER_TIMING = "X-Request-ID", "Server-Timing"
+# An id from outside goes into a log line: it may be neither long nor surprising.
+ID_FORMAT = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+# Where a route leaves the seconds of its stages in `scope["state"]`.
+STAGES = "stage_seconds"
+access_log = logging.getLogger("ctd_scale.access")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a request: its route (not its path, of which there are any number), status and seconds."""
+
+    request_id: str
+    route: str
+    status: int
+    seconds: float
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+class Observed:
+    """Gives each request an id, or keeps the one that it brings in `X-Request-ID`; answers with it and with
+    `Server-Timing`; hands a record of it to `observe` and, as one line of JSON, to the log `ctd_scale.access`."""
+
+    def __init__(self, app: ASGIApp, observe: Callable[[Record], None]) -> None:
+        self._app, self._observe = app, observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        brought = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = brought if ID_FORMAT.fullmatch(brought) else uuid.uuid4().hex
+        state: MutableMapping[str, dict[str, float]] = scope.setdefault("state", {})
+        started, status = time.perf_counter(), 500
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                if stages := state.get(STAGES):
+                    headers[SERVER_TIMING] = ", ".join(f"{name};dur={1e3 * each:.2f}" for name, each in stages.items())
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            record = Record(request_id, route, status, time.perf_counter() - started, dict(state.get(STAGES, {})))
+            self._observe(record)
+            access_log.info(json.dumps({**asdict(record), "method": scope["method"]}))
+
+
+class BodyLimit:
+    """Refuses a body once more than `max_bytes` of it arrived, whatever its Content-Length claims."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise HTTPException(413, f"body: expected at most {self._max_bytes} bytes")
+            return message
+
+        await self._app(scope, limited if scope["type"] == "http" else receive, send)

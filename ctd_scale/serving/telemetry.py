@@ -1,0 +1,51 @@
+"""What the endpoint has seen, for Prometheus. One process counts for all replicas: a scrape that reached one of them
+would otherwise see its share alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ctd_scale.serving.middleware import Record
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+# A stage of no seconds: the preference was known.
+CACHE_HIT = "preference_cached"
+
+
+class Telemetry:
+    """Counts and times of requests and of their stages."""
+
+    def __init__(self, version: str) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("ctd_requests", "Requests answered.", ["route", "status"], registry=registry)
+        self._seconds = Histogram(
+            "ctd_request_seconds", "From the request to its answer.", ["route"], buckets=SECONDS, registry=registry
+        )
+        self._stages = Histogram(
+            "ctd_stage_seconds",
+            "One stage of a recommendation, waiting included.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._cache = Counter("ctd_preference_cache", "Look-ups of a known preference.", ["outcome"], registry=registry)
+        Gauge("ctd_version_info", "1 for what is served.", ["version"], registry=registry).labels(version).set(1)
+
+    async def observe(self, records: Sequence[Record]) -> None:
+        """Count these requests."""
+        for record in records:
+            self._requests.labels(record.route, str(record.status)).inc()
+            self._seconds.labels(record.route).observe(record.seconds)
+            for stage, seconds in record.stages.items():
+                if stage != CACHE_HIT:
+                    self._stages.labels(stage).observe(seconds)
+            if CACHE_HIT in record.stages:
+                self._cache.labels("hit").inc()
+            elif "preference" in record.stages:
+                self._cache.labels("miss").inc()
+
+    async def text(self) -> str:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry).decode()
