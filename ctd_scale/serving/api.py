@@ -50,7 +50,10 @@ PAGE = {
     "/page.css": ("page.css", "text/css"),
 }
 # The page loads nothing from elsewhere, whatever a title holds.
-PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:",
+    "X-Content-Type-Options": "nosniff",
+}
 
 Found = TypeVar("Found")
 

@@ -319,6 +319,62 @@ def test_a_damaged_run_is_refused(run: Run, tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Chromium without a window; skips where it is not installed (Debian: chromium and chromium-driver)."""
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    if driver is None or chromium is None:
+        pytest.skip("needs chromium and chromedriver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,900"):
+        options.add_argument(argument)
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield opened
+    finally:
+        opened.quit()
+
+
+def test_the_explorer_finds_titles_and_shows_what_follows_them(
+    server: Server, recommender: Recommender, browser: Any
+) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def texts(selector: str) -> list[str]:
+        return [each.text for each in browser.find_elements(By.CSS_SELECTOR, selector)]
+
+    def wait(condition: Any) -> None:
+        WebDriverWait(browser, 60).until(lambda _: condition())
+
+    browser.get(str(server.client.base_url))
+    wait(lambda: texts("#version") == [recommender.version])
+    browser.find_element(By.ID, "query").send_keys("golden garden")
+    wait(lambda: texts("#found button")[:1] == ["+ Golden Garden"])
+    browser.find_element(By.CSS_SELECTOR, "#found button").click()
+    item = recommender.catalogue.titles.index("Golden Garden")
+    wanted = [each["title"] for each in expected(recommender, np.array([item], np.int32))["items"]]
+    wait(lambda: texts("#items button") == wanted)
+    assert texts("#history button")[0].startswith("1. Golden Garden")
+    wait(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#picture circle.draw")) == 4)
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#picture circle.preference")) == 1
+    assert texts("#times td")[-2] == "rank"
+    # A recommendation goes into the history; an error is shown; the LLM's text, where it is asked for.
+    browser.find_element(By.CSS_SELECTOR, "#items button").click()
+    wait(lambda: len(texts("#history button")) == 2)
+    browser.find_element(By.ID, "explain").click()
+    wait(lambda: texts("#text")[0] != "")
+    browser.find_element(By.ID, "user-id").send_keys("u9999\n")
+    wait(lambda: "'u9999' is not in the interaction log" in texts("#error")[0])
+    browser.find_element(By.ID, "clear").click()
+    wait(lambda: texts("#items button") == [])
+    # Only the unknown user's 404 is reported: no script failed and nothing was blocked.
+    assert all("404" in line["message"] for line in browser.get_log("browser")), browser.get_log("browser")
+
+
 def test_sigterm_ends_it_cleanly(server: Server) -> None:
     """The last test: what follows finds no server."""
     replica = server.replica("App")

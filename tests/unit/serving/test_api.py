@@ -232,7 +232,7 @@ def test_the_access_log_is_json(ask: Ask, caplog: pytest.LogCaptureFixture) -> N
 def test_the_page_and_what_it_needs_come_from_here_alone(ask: Ask) -> None:
     page = ask("GET", "/")
     assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert page.headers["Content-Security-Policy"] == "default-src 'self'"
+    assert page.headers["Content-Security-Policy"] == "default-src 'self'; img-src 'self' data:"
     needed = re.findall(r'(?:src|href)="([^"]+)"', page.text)
     assert needed == ["page.css", "data:,", "page.js", "docs", "metrics"]
     for path in ("page.css", "page.js"):
