@@ -12,10 +12,11 @@ from pathlib import Path
 import bm25s
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 from numpy import ndarray
 
 from ctd_scale.batches import Catalogue
+from ctd_scale.retrieval.postings import best_documents
 
 # The constant part of a generated answer: it says nothing about any item.
 ANSWER_TEMPLATE = "The user might like products, such as"
@@ -29,6 +30,12 @@ class TextIndex:
 
     def __init__(self, bm25: bm25s.BM25) -> None:
         self._bm25 = bm25
+        postings = bm25.scores
+        self._offsets, self._ids, self._impacts = postings["indptr"], postings["indices"], postings["data"]
+        starts = np.minimum(self._offsets[:-1], max(0, len(self._impacts) - 1))
+        self._maxima = np.maximum.reduceat(self._impacts, starts) if len(self._impacts) else np.zeros(len(starts))
+        self._size = int(postings["num_docs"])
+        self._maxima = np.where(np.diff(self._offsets) > 0, self._maxima, 0).astype(np.float32)
 
     @classmethod
     def build(cls, catalogue: Catalogue, stop_text: str = ANSWER_TEMPLATE) -> TextIndex:
@@ -62,20 +69,30 @@ class TextIndex:
         """Read what `save` wrote; the postings stay on disk, memory-mapped."""
         return cls(bm25s.BM25.load(folder, mmap=True, show_progress=False, verbosity=0))
 
+    def warm_up(self) -> None:
+        """Compile what `matches` needs, so that no request waits for it."""
+        self._best(np.zeros(1, np.int64), np.ones(1, np.float32), 1, np.zeros(self._size, np.float32))
+
     def matches(self, texts: list[str], limit: int) -> list[Int32[ndarray, "matches"]]:
         """For each text the at most `limit` items of highest BM25 score above 0, best first, ties by index.
 
         Empty for a text without a known word, such as ''.
         """
-        return [self._match(text, limit) for text in texts]
+        scores = np.zeros(self._size, np.float32)
+        return [self._match(text, limit, scores) for text in texts]
 
-    def _match(self, text: str, limit: int) -> Int32[ndarray, "matches"]:
+    def _match(self, text: str, limit: int, scores: Float32[ndarray, "items"]) -> Int32[ndarray, "matches"]:
         known = [number for word in words(text) if (number := self._bm25.vocab_dict.get(word)) is not None]
-        if not known:
+        if not known or limit < 1:
             return np.empty(0, dtype=np.int32)
-        scores = self._bm25.get_scores_from_ids(known)
-        found = np.flatnonzero(scores > 0)
-        return found[np.argsort(-scores[found], kind="stable")[:limit]].astype(np.int32)
+        numbers, counts = np.unique(np.array(known, np.int64), return_counts=True)
+        return self._best(numbers, counts.astype(np.float32), limit, scores)
+
+    def _best(self, numbers: ndarray, counts: ndarray, limit: int, scores: ndarray) -> Int32[ndarray, "matches"]:
+        best: Int32[ndarray, "matches"] = best_documents(
+            numbers, counts, self._offsets, self._ids, self._impacts, self._maxima, scores, limit
+        )
+        return best
 
 
 def words(text: str) -> list[str]:

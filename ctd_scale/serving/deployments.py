@@ -110,6 +110,8 @@ class Retrieve(Step):
     def __init__(self, run: Run, digests: Mapping[str, str], config: RunConfig) -> None:
         super().__init__(threads=1)
         self._step = load_retrieve(load_release(run, digests), config)
+        if self._step.retriever.text is not None:
+            self._step.retriever.text.warm_up()
 
     async def pool(
         self,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ctd_scale.batches import Catalogue
 from ctd_scale.retrieval.text import ANSWER_TEMPLATE, TextIndex, words
@@ -100,6 +102,41 @@ def test_the_same_catalogue_gives_the_same_files(tmp_path: Path) -> None:
         TextIndex.build(catalogue(TITLES)).save(tmp_path / name)
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=6), min_size=1, max_size=80),
+    st.lists(st.sampled_from("abcdefghz"), min_size=1, max_size=12),
+    st.integers(1, 12),
+)
+def test_the_best_documents_are_those_of_the_full_sum(documents: list[list[str]], asked: list[str], limit: int) -> None:
+    titles = [" ".join(document) for document in documents]
+    catalogue = Catalogue(titles, titles, [""] * len(titles))
+    index = TextIndex.build(catalogue, stop_text="")
+    (found,) = index.matches([" ".join(asked)], limit)
+    known = [index._bm25.vocab_dict[word] for word in asked if word in index._bm25.vocab_dict]
+    scores = index._bm25.get_scores_from_ids(known) if known else np.zeros(len(titles))
+    assert len(found) == min(limit, int((scores > 0).sum()))
+    assert np.allclose(scores[found], np.sort(scores)[::-1][: len(found)], rtol=1e-5)
+    assert len(set(found.tolist())) == len(found)
+
+
+def test_words_that_cannot_help_any_more_are_looked_up_and_not_read() -> None:
+    """The same list over documents enough for every shortcut: a usual word beside rare ones."""
+    titles = [
+        f"usual {'often ' * (number % 3 == 0)}{'rare ' * (number % 400 == 7)}{'lone ' * (number == 77)}x{number}"
+        for number in range(20_000)
+    ]
+    index = TextIndex.build(Catalogue(titles, titles, [""] * len(titles)))
+    for text in ("usual often rare lone", "rare usual", "usual often", "lone x5 usual rare rare", "x9 x19999 often"):
+        known = [index._bm25.vocab_dict[word] for word in text.split()]
+        scores = index._bm25.get_scores_from_ids(known)
+        for limit in (1, 10, 100):
+            (found,) = index.matches([text], limit)
+            assert np.allclose(scores[found], np.sort(scores)[::-1][:limit], rtol=1e-5)
+    together = index.matches(["usual rare", "often lone", "usual rare"], 10)
+    assert np.array_equal(together[0], together[2])
+    assert np.array_equal(together[1], index.matches(["often lone"], 10)[0])
 
 
 def test_words() -> None:
