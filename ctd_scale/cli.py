@@ -263,6 +263,33 @@ def quality(
     console.print(f"written: {out}", highlight=False)
 
 
+@bench.command("serve")
+def bench_serve(
+    run: RunOption,
+    clients: Annotated[str, typer.Option(help="how many ask at once, one level after the other")] = "1,2,4,8",
+    seconds: Annotated[float, typer.Option(help="of each level")] = 10.0,
+    users: Annotated[int, typer.Option(help="of the log, asked for in turn; each was asked for once before")] = 100,
+    k: Annotated[int, typer.Option(help="how many items")] = 10,
+    explain: Annotated[bool, typer.Option(help="let the LLM write a text for every request")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Serve a run, let more and more clients ask, and say how many answers there were in how much time."""
+    from ctd_scale.artifacts import write_text
+    from ctd_scale.serving.load import as_json, measure_load, show_load
+
+    levels = [int(count) for count in clients.split(",")]
+    if min(levels) < 1 or seconds <= 0 or users < 1:
+        raise ValueError(f"--clients {clients} --seconds {seconds} --users {users}: expected numbers above 0")
+    opened = Run.open(run)
+    load = measure_load(opened, opened.read_config(overrides or ()), levels, seconds, users, k, explain)
+    show_load(load)
+    if out is not None:
+        said = "".join(f" --set {override}" for override in overrides or ())
+        command = f"ctd bench serve --clients {clients} --seconds {seconds:g} --users {users}{said}"
+        write_text(out, json.dumps(as_json(load, command), indent=1) + "\n")
+
+
 @app.command()
 def data(
     storage: StorageOption = "runs",

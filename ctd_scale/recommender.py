@@ -1,13 +1,15 @@
-"""The whole chain in one process: preference, denoise, retrieve.
+"""The whole chain in one process: preference, then denoise and retrieve.
 
-`Recommender.recommend` and the served endpoint make the same calls in the same order.
+`Recommender.recommend` and the served endpoint call the same two steps: the preference model and `RankStep`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,6 +152,42 @@ def fused_scores(
     return np.where(real, scores, np.float32(-np.inf))
 
 
+class RankStep:
+    """Everything behind the preference: generated vectors, candidates, their errors, the final order."""
+
+    def __init__(self, density: DensityModel, retrieve: RetrieveStep, ranking: Ranking) -> None:
+        self.density, self.retrieve, self.ranking = density, retrieve, ranking
+
+    def __call__(
+        self,
+        preferences: Float32[ndarray, "batch cond_dim"],
+        texts: list[str],
+        excluded: list[Int32[ndarray, "_"]],
+        k: int,
+        seconds: dict[str, float] | None = None,
+    ) -> list[Recommendation]:
+        """The k best items for each preference and text; `seconds` is told how long each part took."""
+        seconds, errors = {} if seconds is None else seconds, None
+        with timed("draws", seconds):
+            draws = self.density.draws(preferences)
+        with timed("retrieve", seconds):
+            pool = self.retrieve.pool(preferences, draws, texts, excluded)
+        if self.ranking.error:
+            with timed("error", seconds):
+                errors = self.density.errors(preferences, pool.vectors)
+        with timed("rank", seconds):
+            ids, scores = self.retrieve.rank(pool, errors, self.ranking, k)
+        return answers(ids, scores, texts)
+
+
+@contextmanager
+def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Note how long the block took."""
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started
+
+
 class Recommender:
     """The three steps, loaded from one run's artifacts."""
 
@@ -159,9 +197,7 @@ class Recommender:
         self.log = InteractionLog.load(artifacts["interactions"].path)
         self.version = version_of(artifacts)
         self.preference = load_preference(artifacts, self.config)
-        self.density = load_density(artifacts, self.config)
-        self.retrieve = load_retrieve(artifacts, self.config)
-        self.ranking = load_rankings(artifacts["ranking"].path)["full_text"]
+        self.rank = load_rank(artifacts, self.config)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -184,11 +220,7 @@ class Recommender:
             return []
         preferences = self.preference(histories)
         texts = self.preference.texts(histories) if explain else [""] * len(histories)
-        draws = self.density.draws(preferences)
-        pool = self.retrieve.pool(preferences, draws, texts, excluded_items(histories, exclude_seen, excluded))
-        errors = self.density.errors(preferences, pool.vectors) if self.ranking.error else None
-        ids, scores = self.retrieve.rank(pool, errors, self.ranking, k)
-        return answers(ids, scores, texts)
+        return self.rank(preferences, texts, excluded_items(histories, exclude_seen, excluded), k)
 
 
 class BaselineRecommender:
@@ -266,6 +298,11 @@ def load_preference(artifacts: dict[str, Artifact], config: RunConfig) -> Prefer
 
 def load_density(artifacts: dict[str, Artifact], config: RunConfig) -> DensityModel:
     return DensityModel(artifacts["models/diffusion"].path, config.llm.preference_dim, config.diffusion, config.seed)
+
+
+def load_rank(artifacts: dict[str, Artifact], config: RunConfig) -> RankStep:
+    ranking = load_rankings(artifacts["ranking"].path)["full_text"]
+    return RankStep(load_density(artifacts, config), load_retrieve(artifacts, config), ranking)
 
 
 def load_retrieve(artifacts: dict[str, Artifact], config: RunConfig) -> RetrieveStep:

@@ -21,7 +21,7 @@ from ray.serve.schema import LoggingConfig
 from ctd_scale.artifacts import Run
 from ctd_scale.config import RunConfig, ServingConfig
 from ctd_scale.recommender import load_artifacts, version_of
-from ctd_scale.serving.deployments import App, Denoise, Preference, Retrieve
+from ctd_scale.serving.deployments import App, Preference
 from ctd_scale.serving.telemetry import Telemetry
 from ctd_scale.training import console, start_ray
 
@@ -48,18 +48,16 @@ def build_app(run: Run, config: RunConfig) -> serve.Application:
     serving, gpus = config.serving, GPU_SHARE if config.resources.llm.use_gpu else 0.0
     release = (run, digests, config)
     preference = serve.deployment(**_options(serving, PREFERENCE_CPUS, gpus))(Preference).bind(*release)
-    denoise = serve.deployment(**_options(serving, OTHER_CPUS, gpus))(Denoise).bind(*release)
-    retrieve = serve.deployment(**_options(serving, OTHER_CPUS))(Retrieve).bind(*release)
-    ingress = _options(serving, OTHER_CPUS)
-    # Three steps, each with its replicas and its queue: the ingress and the proxy hold more than all of them
-    # together, so that it is a step that refuses, in our words, and /healthz still answers.
+    ingress = _options(serving, OTHER_CPUS, gpus)
+    # Whoever waits for the LLM or for its turn is refused by ourselves, in our words; the proxy lets everybody in, so
+    # that /healthz still answers.
     in_flight = serving.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests
     ingress["max_ongoing_requests"] = ingress["max_queued_requests"] = 3 * in_flight + 16
     # One for all: what it counts is everybody's. It is never in the way of an answer.
     counting = {"num_replicas": 1, "max_ongoing_requests": 1000, "logging_config": QUIET}
     counting["ray_actor_options"] = {"num_cpus": 0}
     telemetry = serve.deployment(**counting)(Telemetry).bind(version_of(artifacts))
-    return serve.deployment(**ingress)(App).bind(*release, preference, denoise, retrieve, telemetry)
+    return serve.deployment(**ingress)(App).bind(*release, preference, telemetry)
 
 
 def build_from_args(args: dict[str, str]) -> serve.Application:

@@ -1,4 +1,4 @@
-"""The chain as Ray Serve deployments: one per step, and the ingress that calls them in order.
+"""The chain as Ray Serve deployments: the LLM, and the ingress, which does what is behind it.
 
 A request that comes alone runs exactly what `Recommender.recommend` runs for one history; requests that arrive
 together share a batch, which changes the last bits of a score and nothing else.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,20 +21,19 @@ from fastapi import FastAPI
 from jaxtyping import Float32, Int32
 from numpy import ndarray
 from ray import serve
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from ctd_scale.artifacts import Artifact, ArtifactError, Run
-from ctd_scale.batches import InteractionLog, Ranking, load_rankings
+from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig, ServingConfig
 from ctd_scale.recommender import (
-    Pool,
     Recommendation,
-    answers,
     excluded_items,
     load_artifacts,
-    load_density,
     load_preference,
-    load_retrieve,
+    load_rank,
+    timed,
     version_of,
 )
 from ctd_scale.serving.api import Answered, make_api
@@ -88,55 +86,21 @@ class Preference(Step):
         return await self._compute(self._model.texts, histories)
 
 
-class Denoise(Step):
-    """The diffusion model. One thread: it is small, and the LLM needs the cores."""
+@dataclass(frozen=True)
+class Order:
+    """What the steps behind the preference need to know of a request."""
 
-    def __init__(self, run: Run, digests: Mapping[str, str], config: RunConfig) -> None:
-        super().__init__(threads=1)
-        self._model = load_density(load_release(run, digests), config)
-        _configure_batches(config.serving, self.draws)
-
-    @serve.batch  # type: ignore[untyped-decorator]
-    async def draws(self, preferences: list[Float32[ndarray, "cond_dim"]]) -> list[Float32[ndarray, "draws cond_dim"]]:
-        return list(await self._compute(self._model.draws, np.stack(preferences)))
-
-    async def errors(self, preference: Float32[ndarray, "cond_dim"], pool: Pool) -> Float32[ndarray, "1 pool"]:
-        return await self._compute(self._model.errors, preference[None], pool.vectors)
-
-
-class Retrieve(Step):
-    """The hybrid retriever: candidates, and their final order."""
-
-    def __init__(self, run: Run, digests: Mapping[str, str], config: RunConfig) -> None:
-        super().__init__(threads=1)
-        self._step = load_retrieve(load_release(run, digests), config)
-        if self._step.retriever.text is not None:
-            self._step.retriever.text.warm_up()
-
-    async def pool(
-        self,
-        preference: Float32[ndarray, "cond_dim"],
-        draws: Float32[ndarray, "draws cond_dim"],
-        text: str,
-        excluded: Int32[ndarray, "_"],
-    ) -> Pool:
-        return await self._compute(self._step.pool, preference[None], draws[None], [text], [excluded])
-
-    async def rank(
-        self, pool: Pool, errors: Float32[ndarray, "1 pool"] | None, ranking: Ranking, k: int
-    ) -> tuple[Int32[ndarray, "1 k"], Float32[ndarray, "1 k"]]:
-        return await self._compute(self._step.rank, pool, errors, ranking, k)
-
-    async def similar(self, item: int, k: int) -> tuple[Int32[ndarray, "k"], Float32[ndarray, "k"]]:
-        return await self._compute(self._step.similar, item, k)
-
-    async def find(self, query: str, k: int) -> Int32[ndarray, "_"]:
-        return await self._compute(self._step.find, query, k)
+    preference: Float32[ndarray, "cond_dim"]
+    text: str
+    excluded: Int32[ndarray, "_"]
+    k: int
 
 
 @serve.ingress()
-class App:
-    """The endpoint: the same calls in the same order as `Recommender.recommend`."""
+class App(Step):
+    """The endpoint, and everything behind the preference: a denoiser and an index that is memory-mapped are cheap to
+    have in every replica, and a call from one replica to another costs more than they compute. One thread: they are
+    small, and the LLM needs the cores."""
 
     def __init__(
         self,
@@ -144,20 +108,22 @@ class App:
         digests: Mapping[str, str],
         config: RunConfig,
         preference: DeploymentHandle,
-        denoise: DeploymentHandle,
-        retrieve: DeploymentHandle,
         telemetry: DeploymentHandle,
     ) -> None:
+        super().__init__(threads=1)
         artifacts = load_release(run, digests)
         log = InteractionLog.load(artifacts["interactions"].path)
         self._catalogue, self._directory = log.catalogue, Directory(log)
-        self._ranking = load_rankings(artifacts["ranking"].path)["full_text"]
         self.version = version_of(artifacts)
         self._config, self._max_history = config.serving, config.llm.max_history
-        self._preference, self._denoise, self._retrieve = preference, denoise, retrieve
-        self._telemetry, self._records = telemetry, list[Record]()
+        self._rank = load_rank(artifacts, config)
+        self._preference, self._telemetry = preference, telemetry
+        self._records: list[Record] = []
         self._known: OrderedDict[bytes, Float32[ndarray, "cond_dim"]] = OrderedDict()
-        self._warm = False
+        self._warm, self._in_progress = False, 0
+        _configure_batches(config.serving, self._ranked)
+        if self._rank.retrieve.retriever.text is not None:
+            self._rank.retrieve.retriever.text.warm_up()
         log_requests(config.serving.access_log)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -166,26 +132,58 @@ class App:
     async def ready(self) -> None:
         """Once through all steps, whatever they answer; at once where that has been done."""
         if not self._warm:
-            await self._recommend(np.zeros(1, np.int32), 1, np.zeros(0, np.int32), explain=False, seconds={})
+            preference = await _result(self._preference.preference.remote(np.zeros(1, np.int32)))
+            await self._ranked(Order(preference, "", np.zeros(0, np.int32), 1))
             self._warm = True
 
     async def recommend(self, request: RecommendRequest) -> Answered:
         history, excluded = self._resolved(request)
+        limit = self._config.max_ongoing_requests + self._config.max_queued_requests
+        if self._in_progress >= limit:
+            raise BackPressureError(num_queued_requests=self._in_progress, max_queued_requests=limit)
+        self._in_progress += 1
+        try:
+            seconds: dict[str, float] = {}
+            preference, text = await self._preference_after(history, seconds), ""
+            if request.explain:
+                with timed("text", seconds):
+                    text = await _result(self._preference.text.remote(history))
+            recommendation, behind = await self._ranked(Order(preference, text, excluded, request.k))
+        finally:
+            self._in_progress -= 1
+        return Answered(response_object(self.version, recommendation, self._catalogue), seconds | behind)
+
+    @serve.batch  # type: ignore[untyped-decorator]
+    async def _ranked(self, orders: list[Order]) -> list[tuple[Recommendation, dict[str, float]]]:
+        return await self._compute(self._rank_all, orders)
+
+    def _rank_all(self, orders: list[Order]) -> list[tuple[Recommendation, dict[str, float]]]:
+        """Answers to requests that came together, and the seconds of each part for all of them. The list for k is the
+        beginning of that for a larger k."""
         seconds: dict[str, float] = {}
-        recommendation = await self._recommend(history, request.k, excluded, explain=request.explain, seconds=seconds)
-        return Answered(response_object(self.version, recommendation, self._catalogue), seconds)
+        found = self._rank(
+            np.stack([order.preference for order in orders]),
+            [order.text for order in orders],
+            [order.excluded for order in orders],
+            max(order.k for order in orders),
+            seconds,
+        )
+        return [
+            (replace(answer, items=answer.items[: order.k], scores=answer.scores[: order.k]), seconds)
+            for answer, order in zip(found, orders, strict=True)
+        ]
 
     async def picture(self, request: RecommendRequest) -> dict[str, Any]:
         history, excluded = self._resolved(request)
         preference = await self._preference_after(history, {})
-        draws = await _result(self._denoise.draws.remote(preference))
-        pool: Pool = await _result(self._retrieve.pool.remote(preference, draws, "", excluded))
+        draws = await self._compute(self._rank.density.draws, preference[None])
+        pool = await self._compute(self._rank.retrieve.pool, preference[None], draws, [""], [excluded])
         nearest = np.argsort(-pool.cosines[0], kind="stable")[: request.k]
         nearest = nearest[pool.ids[0, nearest] >= 0]
-        units = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (preference[None], draws)]
+        units = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (preference[None], draws[0])]
         points = flattened(np.concatenate([*units, pool.vectors[0, nearest]]))
-        kinds = ["preference"] + ["draw"] * len(draws) + ["item"] * len(nearest)
-        items = [None] * (1 + len(draws)) + pool.ids[0, nearest].tolist()
+        kinds = ["preference"] + ["draw"] * len(draws[0]) + ["item"] * len(nearest)
+        items = [None] * (1 + len(draws[0])) + pool.ids[0, nearest].tolist()
         named = [
             {} if item is None else {"item_id": self._catalogue.item_ids[item], "title": self._catalogue.titles[item]}
             for item in items
@@ -197,13 +195,13 @@ class App:
         }
 
     async def similar(self, item_id: str, k: int) -> dict[str, Any]:
-        ids, cosines = await _result(self._retrieve.similar.remote(self._directory.item(item_id), k))
+        ids, cosines = await self._compute(self._rank.retrieve.similar, self._directory.item(item_id), k)
         found = ids >= 0
         items = ranked_items(ids[found].tolist(), cosines[found].tolist(), self._catalogue)
         return {"version": self.version, "items": items}
 
     async def find(self, query: str, k: int) -> dict[str, Any]:
-        ids = await _result(self._retrieve.find.remote(query, k))
+        ids = await self._compute(self._rank.retrieve.find, query, k)
         items = ranked_items(ids.tolist(), [1.0 / place for place in range(1, len(ids) + 1)], self._catalogue)
         return {"version": self.version, "items": items}
 
@@ -244,43 +242,12 @@ class App:
             self._known.move_to_end(read)
             seconds[CACHE_HIT] = 0.0
             return self._known[read]
-        with _timed("preference", seconds):
+        with timed("preference", seconds):
             preference = await _result(self._preference.preference.remote(history))
         self._known[read] = preference
         while len(self._known) > self._config.cached_preferences:
             self._known.popitem(last=False)
         return preference
-
-    async def _recommend(
-        self,
-        history: Int32[ndarray, "_"],
-        k: int,
-        excluded: Int32[ndarray, "_"],
-        *,
-        explain: bool,
-        seconds: dict[str, float],
-    ) -> Recommendation:
-        preference, text, errors = await self._preference_after(history, seconds), "", None
-        if explain:
-            with _timed("text", seconds):
-                text = await _result(self._preference.text.remote(history))
-        with _timed("draws", seconds):
-            draws = await _result(self._denoise.draws.remote(preference))
-        with _timed("retrieve", seconds):
-            pool = await _result(self._retrieve.pool.remote(preference, draws, text, excluded))
-        if self._ranking.error:
-            with _timed("error", seconds):
-                errors = await _result(self._denoise.errors.remote(preference, pool))
-        with _timed("rank", seconds):
-            ids, scores = await _result(self._retrieve.rank.remote(pool, errors, self._ranking, k))
-        return answers(ids, scores, [text])[0]
-
-
-@contextmanager
-def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - started
 
 
 def log_requests(on: bool) -> None:

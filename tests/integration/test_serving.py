@@ -180,7 +180,7 @@ def test_a_batch_is_its_singles(server: Server, recommender: Recommender) -> Non
 
 
 def test_items_like_one_and_items_by_name(server: Server, recommender: Recommender) -> None:
-    vectors = recommender.retrieve.retriever.vectors
+    vectors = recommender.rank.retrieve.retriever.vectors
     nearest = np.argsort(-(vectors @ vectors[7]))[1:6]
     found = server.client.get("/v1/items/i7/similar", params={"k": 5}).json()["items"]
     assert [item["item_id"] for item in found] == [f"i{item}" for item in nearest]
