@@ -10,8 +10,8 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ def measure_load(
     bodies = [{"user_id": recommender.log.user_ids[user], "k": k, "explain": explain} for user in known]
     url = serve_run(run, config, host="127.0.0.1", port=0, blocking=False)
     try:
-        levels, timeline = asyncio.run(ramp(url, bodies, clients, seconds))
+        levels, timeline = asyncio.run(ramp(url, bodies, clients, seconds, running_replicas))
     finally:
         stop_serving()
     return Load(levels, timeline, 1 / seconds_in_process, 1e3 * seconds_in_process)
@@ -84,9 +84,14 @@ def in_process(recommender: Recommender, users: Sequence[int], k: int) -> float:
 
 
 async def ramp(
-    url: str, bodies: Sequence[dict[str, Any]], clients: Sequence[int], seconds: float
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    clients: Sequence[int],
+    seconds: float,
+    replicas: Callable[[], dict[str, int]],
 ) -> tuple[list[Level], list[dict[str, float]]]:
-    """Each number of clients for so many seconds, after every body was sent once."""
+    """Each number of clients for so many seconds, after every body was sent once; `replicas` says how many there are
+    of each deployment."""
     import httpx
 
     limits = httpx.Limits(max_connections=max(clients), max_keepalive_connections=max(clients))
@@ -94,10 +99,11 @@ async def ramp(
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         for body in bodies:
             (await client.post("/v1/recommend", json=body)).raise_for_status()
-        watching = asyncio.create_task(_watch(timeline))
+        watching = asyncio.create_task(_watch(timeline, replicas))
         levels = []
         for count in clients:
             level = await _level(client, itertools.cycle(bodies), count, seconds)
+            level = replace(level, replicas=await asyncio.to_thread(replicas))
             levels.append(level)
             console.print(
                 f"  {count} clients: {level.per_second:.1f} requests/s, p50 {level.p50_ms:.1f} ms, "
@@ -123,16 +129,15 @@ async def _level(client: Any, bodies: Iterator[dict[str, Any]], clients: int, se
     await asyncio.gather(*(one() for _ in range(clients)))
     elapsed = time.perf_counter() - started
     p50, p95, p99 = (float(value) for value in np.percentile(times, [50, 95, 99]))
-    replicas = await asyncio.to_thread(running_replicas)
-    return Level(clients, len(times), len(times) / elapsed, p50, p95, p99, dict(statuses), replicas)
+    return Level(clients, len(times), len(times) / elapsed, p50, p95, p99, dict(statuses))
 
 
-async def _watch(timeline: list[dict[str, float]]) -> None:
+async def _watch(timeline: list[dict[str, float]], replicas: Callable[[], dict[str, int]]) -> None:
     """Replicas of every step, once a second."""
     started = time.perf_counter()
     while True:
-        replicas = await asyncio.to_thread(running_replicas)
-        timeline.append({"second": round(time.perf_counter() - started, 1), **replicas})
+        now = await asyncio.to_thread(replicas)
+        timeline.append({"second": round(time.perf_counter() - started, 1), **now})
         await asyncio.sleep(WATCH_S)
 
 

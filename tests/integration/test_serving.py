@@ -5,6 +5,7 @@ One server for the module, in a process of its own, as it is started by hand.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from tiny_run import LOST_USER, make_tiny_run
 
 from ctd_scale.artifacts import Run
 from ctd_scale.recommender import Recommender
+from ctd_scale.serving.load import ramp
 from ctd_scale.serving.schema import response_object
 
 pytestmark = pytest.mark.slow
@@ -317,6 +319,22 @@ def test_a_damaged_run_is_refused(run: Run, tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert "models/diffusion" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_ramp_counts_every_answer_and_times_it(server: Server) -> None:
+    bodies = [{"user_id": f"u{user}", "k": 3} for user in range(5)] + [{"user_id": "u5", "k": 50}]
+    levels, timeline = asyncio.run(ramp(str(server.client.base_url), bodies, (1, 3), 1.0, lambda: {"App": 1}))
+    assert [level.clients for level in levels] == [1, 3]
+    for level in levels:
+        assert level.statuses == {"200": level.requests}
+        assert level.requests > 3 * level.clients
+        assert 0 < level.p50_ms <= level.p95_ms <= level.p99_ms
+        # Clients that wait for their answers: their number is rate times time (Little's law).
+        assert level.per_second * level.p50_ms / 1e3 == pytest.approx(level.clients, rel=0.6)
+        assert level.replicas == {"App": 1}
+    assert timeline[0]["App"] == 1
+    with pytest.raises(httpx.HTTPStatusError, match="404"):
+        asyncio.run(ramp(str(server.client.base_url), [{"user_id": "u9999"}], (1,), 1.0, dict))
 
 
 @pytest.fixture
