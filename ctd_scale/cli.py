@@ -223,17 +223,15 @@ def serve(
     port: Annotated[int | None, typer.Option(help="default: serving.port, 8000; 0 = any free one")] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Serve a run over HTTP: POST /v1/recommend, GET /healthz, /docs."""
+    """Serve a run over HTTP: POST /v1/recommend, GET /healthz, /docs. SIGHUP: serve what --run leads to by then."""
     from ctd_scale.serving.app import serve_run
 
-    opened = Run.open(run)
-    settings = opened.read_config(overrides or ())
-    serve_run(
-        opened,
-        settings,
-        host=settings.serving.host if host is None else host,
-        port=settings.serving.port if port is None else port,
-    )
+    def open_run() -> tuple[Run, RunConfig]:
+        opened = Run.open(run)
+        return opened, opened.read_config(overrides or ())
+
+    serving = open_run()[1].serving
+    serve_run(open_run, host=serving.host if host is None else host, port=serving.port if port is None else port)
 
 
 @bench.command()
@@ -271,6 +269,9 @@ def bench_serve(
     users: Annotated[int, typer.Option(help="of the log, asked for in turn; each was asked for once before")] = 100,
     k: Annotated[int, typer.Option(help="how many items")] = 10,
     explain: Annotated[bool, typer.Option(help="let the LLM write a text for every request")] = False,
+    swap_to: Annotated[
+        str, typer.Option("--swap", help="a run that takes its place while the last level goes on")
+    ] = "",
     out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written")] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -282,7 +283,8 @@ def bench_serve(
     if min(levels) < 1 or seconds <= 0 or users < 1:
         raise ValueError(f"--clients {clients} --seconds {seconds} --users {users}: expected numbers above 0")
     opened = Run.open(run)
-    load = measure_load(opened, opened.read_config(overrides or ()), levels, seconds, users, k, explain)
+    other = Run.open(swap_to) if swap_to else None
+    load = measure_load(opened, opened.read_config(overrides or ()), levels, seconds, users, k, explain, other)
     show_load(load)
     if out is not None:
         said = "".join(f" --set {override}" for override in overrides or ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -9,8 +10,8 @@ import socket
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,9 +21,8 @@ from ray.serve.schema import LoggingConfig
 
 from ctd_scale.artifacts import Run
 from ctd_scale.config import RunConfig, ServingConfig
-from ctd_scale.recommender import load_artifacts, version_of
 from ctd_scale.serving.deployments import App, Preference
-from ctd_scale.serving.telemetry import Telemetry
+from ctd_scale.serving.release import Coordinator, Source, source_of
 from ctd_scale.training import console, start_ray
 
 APPLICATION = "ctd-scale"
@@ -33,46 +33,42 @@ GPU_SHARE = 0.25
 # The endpoint answers 504 by itself; the proxy's own limit is for bodies that never end.
 PROXY_GRACE_S = 5.0
 READY_TIMEOUT_S = 60.0
+SWAP_TIMEOUT_S = 600.0
 QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 
-def build_app(run: Run, config: RunConfig) -> serve.Application:
-    """The application over a run's artifacts as they are now.
-
-    Raises ArtifactError: an artifact is missing, damaged or made from another version of another.
-    """
-    if run.is_local:  # replicas may live in another working directory
-        run = replace(run, storage=str(run.root.parent))
-    artifacts = load_artifacts(run)
-    digests = {name: artifact.digest for name, artifact in artifacts.items()}
+def build_app(source: Source) -> serve.Application:
+    """The application that begins with this version."""
+    config = source.config
     serving, gpus = config.serving, GPU_SHARE if config.resources.llm.use_gpu else 0.0
-    release = (run, digests, config)
-    preference = serve.deployment(**_options(serving, PREFERENCE_CPUS, gpus))(Preference).bind(*release)
+    # One for all: it is asked about versions, and counts what everybody answers. It is never in the way of an answer.
+    shared = {"num_replicas": 1, "max_ongoing_requests": 1000, "logging_config": QUIET}
+    shared["ray_actor_options"] = {"num_cpus": 0}
+    coordinator = serve.deployment(**shared)(Coordinator).bind(source)
+    preference = serve.deployment(**_options(serving, PREFERENCE_CPUS, gpus))(Preference).bind(serving, coordinator)
     ingress = _options(serving, OTHER_CPUS, gpus)
     # Whoever waits for the LLM or for its turn is refused by ourselves, in our words; the proxy lets everybody in, so
     # that /healthz still answers.
     in_flight = serving.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests
     ingress["max_ongoing_requests"] = ingress["max_queued_requests"] = 3 * in_flight + 16
-    # One for all: what it counts is everybody's. It is never in the way of an answer.
-    counting = {"num_replicas": 1, "max_ongoing_requests": 1000, "logging_config": QUIET}
-    counting["ray_actor_options"] = {"num_cpus": 0}
-    telemetry = serve.deployment(**counting)(Telemetry).bind(version_of(artifacts))
-    return serve.deployment(**ingress)(App).bind(*release, preference, telemetry)
+    return serve.deployment(**ingress)(App).bind(serving, preference, coordinator)
 
 
 def build_from_args(args: dict[str, str]) -> serve.Application:
     """Entry point of a Serve config file: `import_path: ctd_scale.serving.app:build_from_args`, args `{run: URL}`."""
     run = Run.open(args["run"])
-    return build_app(run, run.read_config())
+    return build_app(source_of(run, run.read_config()))
 
 
-def serve_run(run: Run, config: RunConfig, *, host: str, port: int, blocking: bool = True) -> str:
+def serve_run(open_run: Callable[[], tuple[Run, RunConfig]], *, host: str, port: int, blocking: bool = True) -> str:
     """Serve a run at http://host:port (port 0 = any free one) until Ctrl-C or SIGTERM; returns the URL.
 
-    With `blocking=False` it returns once the endpoint answers; `stop_serving` ends it. Raises ArtifactError as
-    `build_app` does, ValueError where the port is taken, RuntimeError where the replicas do not come up.
+    At SIGHUP `open_run` is asked again, and what it gives is served from then on. With `blocking=False` it returns once
+    the endpoint answers; `stop_serving` ends it. Raises ArtifactError as `source_of` does, ValueError where the port is
+    taken, RuntimeError where the replicas do not come up.
     """
-    application = build_app(run, config)
+    source = source_of(*open_run())
+    application = build_app(source)
     if not os.environ.get("RAY_ADDRESS"):  # in a cluster the port is another machine's
         port = _free_port(host, port)
     with ExitStack() as undo:
@@ -80,13 +76,34 @@ def serve_run(run: Run, config: RunConfig, *, host: str, port: int, blocking: bo
             undo.callback(ray.shutdown)
         start_ray()
         undo.callback(stop_serving)
-        url = _start(application, config.serving, host, port)
-        console.print(f"serving {run.url} at {url} (docs at {url}/docs)", highlight=False, soft_wrap=True)
+        url = _start(application, source.config.serving, host, port)
+        console.print(f"serving {source.run.url} at {url} (docs at {url}/docs)", highlight=False, soft_wrap=True)
         if blocking:
-            _wait_for_signal()
+            _wait_for_signal(lambda: swap(*open_run(), url))
         else:
             undo.pop_all()
     return url
+
+
+def swap(run: Run, config: RunConfig, url: str) -> str:
+    """Serve another run, or the same one with other artifacts, without a pause; returns the version.
+
+    Every replica loads it beside what it serves and then begins with it. The limits of `[serving]` stay those that the
+    server was started with. Raises ArtifactError as `source_of` does, RuntimeError where it is not served in time.
+    """
+    coordinator = serve.get_deployment_handle("Coordinator", APPLICATION)
+    source: Source = coordinator.publish.remote(source_of(run, config)).result(timeout_s=READY_TIMEOUT_S)
+    deadline = time.monotonic() + SWAP_TIMEOUT_S
+    while (served := _served_version(url)) != source.version:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"still serving version {served}; the replicas' logs say why")
+        time.sleep(0.2)
+    return source.version
+
+
+def _served_version(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/v1/version", timeout=READY_TIMEOUT_S) as answer:
+        return str(json.load(answer)["version"])
 
 
 def stop_serving() -> None:
@@ -136,12 +153,23 @@ def _wait_until_ready(url: str) -> None:
         time.sleep(0.05)
 
 
-def _wait_for_signal() -> None:
-    """Until Ctrl-C or SIGTERM; the second one is not waited for."""
-    stopped = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    stopped.wait()
-    for number, handler in before.items():
+def _wait_for_signal(reload: Callable[[], str]) -> None:
+    """Until Ctrl-C or SIGTERM, of which the second one is not waited for; `reload` at every SIGHUP."""
+    woken, ending = threading.Event(), threading.Event()
+
+    def end(*_: object) -> None:
+        ending.set()
+        woken.set()
+
+    stops = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.signal(signal.SIGHUP, lambda *_: woken.set())
+    while woken.wait() and not ending.is_set():
+        woken.clear()
+        try:
+            console.print(f"now serving version {reload()}", highlight=False)
+        except (ValueError, RuntimeError, OSError) as error:  # what is served goes on being served
+            console.print(f"not swapped: {error}", style="red", highlight=False, soft_wrap=True)
+    for number, handler in {**stops, signal.SIGHUP: before}.items():
         signal.signal(number, handler)
 
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,35 +24,19 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from ctd_scale.artifacts import Artifact, ArtifactError, Run
-from ctd_scale.batches import InteractionLog
-from ctd_scale.config import RunConfig, ServingConfig
-from ctd_scale.recommender import (
-    Recommendation,
-    excluded_items,
-    load_artifacts,
-    load_preference,
-    load_rank,
-    timed,
-    version_of,
-)
+from ctd_scale.config import ServingConfig
+from ctd_scale.llm.inference import PreferenceModel
+from ctd_scale.recommender import Recommendation, excluded_items, load_preference, timed
 from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record, access_log
 from ctd_scale.serving.picture import flattened
-from ctd_scale.serving.schema import Directory, RecommendRequest, ranked_items, response_object
+from ctd_scale.serving.release import KEPT_VERSIONS, Release, Source, open_release
+from ctd_scale.serving.schema import Directory, RecommendRequest, picture_object, ranked_items, response_object
 from ctd_scale.serving.telemetry import CACHE_HIT
 
 SEND_RECORDS_S = 0.5
-
-
-def load_release(run: Run, digests: Mapping[str, str]) -> dict[str, Artifact]:
-    """The run's artifacts, refused where they are no longer the ones that the server began with: a replica that
-    starts late must not mix its answers with those of another model."""
-    artifacts = load_artifacts(run)
-    for name, artifact in artifacts.items():
-        if artifact.digest != digests[name]:
-            raise ArtifactError(f"{run.url}/{name} changed while it was served; restart `ctd serve`")
-    return artifacts
+FOLLOW_S = 1.0  # how soon a replica learns of another version
+serving_log = logging.getLogger("ctd_scale.serving")
 
 
 class Step:
@@ -68,28 +52,61 @@ class Step:
 
 
 class Preference(Step):
-    """The LLM: what a user wants, as a vector and as a text."""
+    """The LLM: what a user wants, as a vector and as a text. Asked about a version that it does not have, it loads it
+    beside the one that it has."""
 
-    def __init__(self, run: Run, digests: Mapping[str, str], config: RunConfig) -> None:
-        super().__init__(max(1, (os.cpu_count() or 1) // config.serving.max_replicas))
-        self._model = load_preference(load_release(run, digests), config)
-        _configure_batches(config.serving, self.preference, self.text)
-        for warm in (self._model, self._model.texts):  # the first call allocates: no request should wait for it
-            warm([np.zeros(1, np.int32)])
+    async def __init__(  # type: ignore[misc]
+        self, config: ServingConfig, coordinator: DeploymentHandle
+    ) -> None:
+        super().__init__(max(1, (os.cpu_count() or 1) // config.max_replicas))
+        self._coordinator = coordinator
+        self._models: OrderedDict[str, PreferenceModel] = OrderedDict()
+        self._loading = asyncio.Lock()
+        _configure_batches(config, self.preference, self.text)
+        await self._have((await coordinator.current.remote(None)).version)
 
     @serve.batch  # type: ignore[untyped-decorator]
-    async def preference(self, histories: list[Int32[ndarray, "_"]]) -> list[Float32[ndarray, "cond_dim"]]:
-        return list(await self._compute(self._model, histories))
+    async def preference(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[Float32[ndarray, "cond_dim"]]:
+        """The preference after each history, by the LLM of its version."""
+        await self._have(*(version for version, _ in asked))
+        return await self._compute(self._each, asked, PreferenceModel.__call__)
 
     @serve.batch  # type: ignore[untyped-decorator]
-    async def text(self, histories: list[Int32[ndarray, "_"]]) -> list[str]:
-        return await self._compute(self._model.texts, histories)
+    async def text(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[str]:
+        """What the LLM of each version says after a history."""
+        await self._have(*(version for version, _ in asked))
+        return await self._compute(self._each, asked, PreferenceModel.texts)
+
+    def _each(self, asked: list[tuple[str, ndarray]], read: Callable[..., Any]) -> list[Any]:
+        found: list[Any] = [None] * len(asked)
+        for version in {version for version, _ in asked}:
+            places = [place for place, (of, _) in enumerate(asked) if of == version]
+            for place, answer in zip(places, read(self._models[version], [asked[i][1] for i in places]), strict=True):
+                found[place] = answer
+        return found
+
+    async def _have(self, *versions: str) -> None:
+        for version in set(versions) - self._models.keys():
+            async with self._loading:
+                if version not in self._models:
+                    source: Source = await self._coordinator.source.remote(version)
+                    self._models[version] = await asyncio.to_thread(_warm_preference, source)
+                    while len(self._models) > KEPT_VERSIONS:
+                        self._models.popitem(last=False)
+
+
+def _warm_preference(source: Source) -> PreferenceModel:
+    model = load_preference(source.artifacts(), source.config)
+    for warm in (model, model.texts):  # the first call allocates: no request should wait for it
+        warm([np.zeros(1, np.int32)])
+    return model
 
 
 @dataclass(frozen=True)
 class Order:
     """What the steps behind the preference need to know of a request."""
 
+    release: Release
     preference: Float32[ndarray, "cond_dim"]
     text: str
     excluded: Int32[ndarray, "_"]
@@ -100,31 +117,43 @@ class Order:
 class App(Step):
     """The endpoint, and everything behind the preference: a denoiser and an index that is memory-mapped are cheap to
     have in every replica, and a call from one replica to another costs more than they compute. One thread: they are
-    small, and the LLM needs the cores."""
+    small, and the LLM needs the cores.
 
-    def __init__(
-        self,
-        run: Run,
-        digests: Mapping[str, str],
-        config: RunConfig,
-        preference: DeploymentHandle,
-        telemetry: DeploymentHandle,
+    A request keeps to the release that it began with. The next one is loaded beside it, and takes its place when the
+    LLM has it too.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, config: ServingConfig, preference: DeploymentHandle, coordinator: DeploymentHandle
     ) -> None:
         super().__init__(threads=1)
-        artifacts = load_release(run, digests)
-        log = InteractionLog.load(artifacts["interactions"].path)
-        self._catalogue, self._directory = log.catalogue, Directory(log)
-        self.version = version_of(artifacts)
-        self._config, self._max_history = config.serving, config.llm.max_history
-        self._rank = load_rank(artifacts, config)
-        self._preference, self._telemetry = preference, telemetry
+        self._config, self._preference, self._coordinator = config, preference, coordinator
         self._records: list[Record] = []
-        self._known: OrderedDict[bytes, Float32[ndarray, "cond_dim"]] = OrderedDict()
         self._warm, self._in_progress = False, 0
-        _configure_batches(config.serving, self._ranked)
-        if self._rank.retrieve.retriever.text is not None:
-            self._rank.retrieve.retriever.text.warm_up()
-        log_requests(config.serving.access_log)
+        _configure_batches(config, self._ranked)
+        log_requests(config.access_log)
+        self._release: Release = await asyncio.to_thread(open_release, await coordinator.current.remote(None))
+        self._following = asyncio.create_task(self._follow())
+
+    @property
+    def version(self) -> str:
+        return self._release.version
+
+    async def _follow(self) -> None:
+        """Serve what the coordinator says, as soon as all of it is there; what cannot be loaded is not tried again."""
+        refused = 0
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            try:
+                source: Source = await self._coordinator.current.remote(self._release.source)
+                if source.number <= max(refused, self._release.source.number):
+                    continue
+                refused = source.number
+                release = await asyncio.to_thread(open_release, source)
+                await self._preference.preference.remote((source.version, np.zeros(1, np.int32)))
+                self._release = release
+            except Exception:
+                serving_log.exception("still serving version %s", self.version)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self, self._config)
@@ -132,26 +161,27 @@ class App(Step):
     async def ready(self) -> None:
         """Once through all steps, whatever they answer; at once where that has been done."""
         if not self._warm:
-            preference = await _result(self._preference.preference.remote(np.zeros(1, np.int32)))
-            await self._ranked(Order(preference, "", np.zeros(0, np.int32), 1))
+            preference = await self._preference_after(self._release, np.zeros(1, np.int32), {})
+            await self._ranked(Order(self._release, preference, "", np.zeros(0, np.int32), 1))
             self._warm = True
 
     async def recommend(self, request: RecommendRequest) -> Answered:
-        history, excluded = self._resolved(request)
+        release = self._release
+        history, excluded = _resolved(release.directory, request)
         limit = self._config.max_ongoing_requests + self._config.max_queued_requests
         if self._in_progress >= limit:
             raise BackPressureError(num_queued_requests=self._in_progress, max_queued_requests=limit)
         self._in_progress += 1
         try:
             seconds: dict[str, float] = {}
-            preference, text = await self._preference_after(history, seconds), ""
+            preference, text = await self._preference_after(release, history, seconds), ""
             if request.explain:
                 with timed("text", seconds):
-                    text = await _result(self._preference.text.remote(history))
-            recommendation, behind = await self._ranked(Order(preference, text, excluded, request.k))
+                    text = await _result(self._preference.text.remote((release.version, history)))
+            recommendation, behind = await self._ranked(Order(release, preference, text, excluded, request.k))
         finally:
             self._in_progress -= 1
-        return Answered(response_object(self.version, recommendation, self._catalogue), seconds | behind)
+        return Answered(response_object(release.version, recommendation, release.catalogue), seconds | behind)
 
     @serve.batch  # type: ignore[untyped-decorator]
     async def _ranked(self, orders: list[Order]) -> list[tuple[Recommendation, dict[str, float]]]:
@@ -160,54 +190,50 @@ class App(Step):
     def _rank_all(self, orders: list[Order]) -> list[tuple[Recommendation, dict[str, float]]]:
         """Answers to requests that came together, and the seconds of each part for all of them. The list for k is the
         beginning of that for a larger k."""
-        seconds: dict[str, float] = {}
-        found = self._rank(
-            np.stack([order.preference for order in orders]),
-            [order.text for order in orders],
-            [order.excluded for order in orders],
-            max(order.k for order in orders),
-            seconds,
-        )
-        return [
-            (replace(answer, items=answer.items[: order.k], scores=answer.scores[: order.k]), seconds)
-            for answer, order in zip(found, orders, strict=True)
-        ]
+        found: dict[int, tuple[Recommendation, dict[str, float]]] = {}
+        for version in {order.release.version for order in orders}:
+            places = [place for place, order in enumerate(orders) if order.release.version == version]
+            chosen, seconds = [orders[place] for place in places], dict[str, float]()
+            answers = chosen[0].release.rank(
+                np.stack([order.preference for order in chosen]),
+                [order.text for order in chosen],
+                [order.excluded for order in chosen],
+                max(order.k for order in chosen),
+                seconds,
+            )
+            for place, order, answer in zip(places, chosen, answers, strict=True):
+                cut = replace(answer, items=answer.items[: order.k], scores=answer.scores[: order.k])
+                found[place] = cut, seconds
+        return [found[place] for place in range(len(orders))]
 
     async def picture(self, request: RecommendRequest) -> dict[str, Any]:
-        history, excluded = self._resolved(request)
-        preference = await self._preference_after(history, {})
-        draws = await self._compute(self._rank.density.draws, preference[None])
-        pool = await self._compute(self._rank.retrieve.pool, preference[None], draws, [""], [excluded])
+        release = self._release
+        history, excluded = _resolved(release.directory, request)
+        preference = await self._preference_after(release, history, {})
+        draws = await self._compute(release.rank.density.draws, preference[None])
+        pool = await self._compute(release.rank.retrieve.pool, preference[None], draws, [""], [excluded])
         nearest = np.argsort(-pool.cosines[0], kind="stable")[: request.k]
         nearest = nearest[pool.ids[0, nearest] >= 0]
         units = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (preference[None], draws[0])]
         points = flattened(np.concatenate([*units, pool.vectors[0, nearest]]))
-        kinds = ["preference"] + ["draw"] * len(draws[0]) + ["item"] * len(nearest)
-        items = [None] * (1 + len(draws[0])) + pool.ids[0, nearest].tolist()
-        named = [
-            {} if item is None else {"item_id": self._catalogue.item_ids[item], "title": self._catalogue.titles[item]}
-            for item in items
-        ]
-        places = zip(kinds, points.tolist(), named, strict=True)
-        return {
-            "version": self.version,
-            "points": [{"kind": kind, "x": x, "y": y} | name for kind, (x, y), name in places],
-        }
+        return picture_object(release.version, points.tolist(), pool.ids[0, nearest].tolist(), release.catalogue)
 
     async def similar(self, item_id: str, k: int) -> dict[str, Any]:
-        ids, cosines = await self._compute(self._rank.retrieve.similar, self._directory.item(item_id), k)
+        release = self._release
+        ids, cosines = await self._compute(release.rank.retrieve.similar, release.directory.item(item_id), k)
         found = ids >= 0
-        items = ranked_items(ids[found].tolist(), cosines[found].tolist(), self._catalogue)
-        return {"version": self.version, "items": items}
+        items = ranked_items(ids[found].tolist(), cosines[found].tolist(), release.catalogue)
+        return {"version": release.version, "items": items}
 
     async def find(self, query: str, k: int) -> dict[str, Any]:
-        ids = await self._compute(self._rank.retrieve.find, query, k)
-        items = ranked_items(ids.tolist(), [1.0 / place for place in range(1, len(ids) + 1)], self._catalogue)
-        return {"version": self.version, "items": items}
+        release = self._release
+        ids = await self._compute(release.rank.retrieve.find, query, k)
+        items = ranked_items(ids.tolist(), [1.0 / place for place in range(1, len(ids) + 1)], release.catalogue)
+        return {"version": release.version, "items": items}
 
     async def metrics(self) -> str:
         self._send_records()
-        text: str = await _result(self._telemetry.text.remote())
+        text: str = await _result(self._coordinator.metrics.remote())
         return text
 
     def observe(self, record: Record) -> None:
@@ -219,39 +245,42 @@ class App(Step):
 
     def _send_records(self) -> None:
         if self._records:
-            self._telemetry.observe.remote(self._records)
+            self._coordinator.observe.remote(self._records)
             self._records = []
 
-    def _resolved(self, request: RecommendRequest) -> tuple[Int32[ndarray, "_"], Int32[ndarray, "_"]]:
-        """The history of a request, and what may not come back. Raises RequestError."""
-        history = self._directory.history(user_id=request.user_id, history=request.history)
-        further = self._directory.excluded(
-            items=request.exclude_items,
-            categories=request.categories,
-            exclude_categories=request.exclude_categories,
-        )
-        (excluded,) = excluded_items([history], request.exclude_seen, [further])
-        return history, excluded
-
     async def _preference_after(
-        self, history: Int32[ndarray, "_"], seconds: dict[str, float]
+        self, release: Release, history: Int32[ndarray, "_"], seconds: dict[str, float]
     ) -> Float32[ndarray, "cond_dim"]:
         """The preference, from the LLM or, where the same items were read before, from what it said then."""
-        read = history[-self._max_history :].tobytes()
-        if read in self._known:
-            self._known.move_to_end(read)
+        read, known = history[-release.source.config.llm.max_history :].tobytes(), release.known
+        if read in known:
+            known.move_to_end(read)
             seconds[CACHE_HIT] = 0.0
-            return self._known[read]
+            return known[read]
         with timed("preference", seconds):
-            preference = await _result(self._preference.preference.remote(history))
-        self._known[read] = preference
-        while len(self._known) > self._config.cached_preferences:
-            self._known.popitem(last=False)
+            preference = await _result(self._preference.preference.remote((release.version, history)))
+        known[read] = preference
+        while len(known) > self._config.cached_preferences:
+            known.popitem(last=False)
         return preference
 
 
+def _resolved(directory: Directory, request: RecommendRequest) -> tuple[Int32[ndarray, "_"], Int32[ndarray, "_"]]:
+    """The history of a request, and what may not come back. Raises RequestError."""
+    history = directory.history(user_id=request.user_id, history=request.history)
+    further = directory.excluded(
+        items=request.exclude_items,
+        categories=request.categories,
+        exclude_categories=request.exclude_categories,
+    )
+    (excluded,) = excluded_items([history], request.exclude_seen, [further])
+    return history, excluded
+
+
 def log_requests(on: bool) -> None:
-    """The access log of this replica, on its standard error."""
+    """The logs of this replica, on its standard error."""
+    if not serving_log.handlers:
+        serving_log.addHandler(logging.StreamHandler())
     if on and not access_log.handlers:
         access_log.addHandler(logging.StreamHandler())
         access_log.setLevel(logging.INFO)

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ class Level:
     p95_ms: float
     p99_ms: float
     statuses: dict[str, int]
+    versions: dict[str, int]
     replicas: dict[str, int] = field(default_factory=dict)
 
 
@@ -51,21 +53,35 @@ class Load:
 
 
 def measure_load(
-    run: Run, config: RunConfig, clients: Sequence[int], seconds: float, users: int, k: int, explain: bool
+    run: Run,
+    config: RunConfig,
+    clients: Sequence[int],
+    seconds: float,
+    users: int,
+    k: int,
+    explain: bool,
+    swap_to: Run | None = None,
 ) -> Load:
-    """Serve a run, ask for every user once, then ramp up; the server is stopped afterwards.
+    """Serve a run, ask for every user once, then ramp up, at last while `swap_to` takes the run's place; the server is
+    stopped afterwards.
 
     With more time than users their preferences are known, and the LLM rests: what is measured is the way behind it.
     """
-    from ctd_scale.serving.app import serve_run, stop_serving
+    from ctd_scale.serving.app import serve_run, stop_serving, swap
 
     recommender = Recommender(run)
     known = [int(user) for user in np.flatnonzero(np.diff(recommender.log.offsets))[:users]]
     seconds_in_process = in_process(recommender, known, k)
     bodies = [{"user_id": recommender.log.user_ids[user], "k": k, "explain": explain} for user in known]
-    url = serve_run(run, config, host="127.0.0.1", port=0, blocking=False)
+    url = serve_run(lambda: (run, config), host="127.0.0.1", port=0, blocking=False)
     try:
         levels, timeline = asyncio.run(ramp(url, bodies, clients, seconds, running_replicas))
+        if swap_to is not None:
+            with ThreadPoolExecutor(1) as thread:
+                swapped = thread.submit(swap, swap_to, swap_to.read_config(), url)
+                more, _ = asyncio.run(ramp(url, bodies, clients[-1:], seconds, running_replicas, swapped.done))
+                swapped.result()
+            levels += more
     finally:
         stop_serving()
     return Load(levels, timeline, 1 / seconds_in_process, 1e3 * seconds_in_process)
@@ -89,9 +105,10 @@ async def ramp(
     clients: Sequence[int],
     seconds: float,
     replicas: Callable[[], dict[str, int]],
+    may_end: Callable[[], bool] = lambda: True,
 ) -> tuple[list[Level], list[dict[str, float]]]:
-    """Each number of clients for so many seconds, after every body was sent once; `replicas` says how many there are
-    of each deployment."""
+    """Each number of clients for so many seconds, and until `may_end`, after every body was sent once; `replicas` says
+    how many there are of each deployment."""
     import httpx
 
     limits = httpx.Limits(max_connections=max(clients), max_keepalive_connections=max(clients))
@@ -102,7 +119,7 @@ async def ramp(
         watching = asyncio.create_task(_watch(timeline, replicas))
         levels = []
         for count in clients:
-            level = await _level(client, itertools.cycle(bodies), count, seconds)
+            level = await _level(client, itertools.cycle(bodies), count, seconds, may_end)
             level = replace(level, replicas=await asyncio.to_thread(replicas))
             levels.append(level)
             console.print(
@@ -114,22 +131,27 @@ async def ramp(
     return levels, timeline
 
 
-async def _level(client: Any, bodies: Iterator[dict[str, Any]], clients: int, seconds: float) -> Level:
+async def _level(
+    client: Any, bodies: Iterator[dict[str, Any]], clients: int, seconds: float, may_end: Callable[[], bool]
+) -> Level:
     times: list[float] = []
     statuses: Counter[str] = Counter()
+    versions: Counter[str] = Counter()
     started = time.perf_counter()
 
     async def one() -> None:
-        while time.perf_counter() - started < seconds:
+        while time.perf_counter() - started < seconds or not may_end():
             sent = time.perf_counter()
             response = await client.post("/v1/recommend", json=next(bodies))
             times.append(1e3 * (time.perf_counter() - sent))
             statuses[str(response.status_code)] += 1
+            if response.status_code == 200:
+                versions[response.json()["version"]] += 1
 
     await asyncio.gather(*(one() for _ in range(clients)))
     elapsed = time.perf_counter() - started
     p50, p95, p99 = (float(value) for value in np.percentile(times, [50, 95, 99]))
-    return Level(clients, len(times), len(times) / elapsed, p50, p95, p99, dict(statuses))
+    return Level(clients, len(times), len(times) / elapsed, p50, p95, p99, dict(statuses), dict(versions))
 
 
 async def _watch(timeline: list[dict[str, float]], replicas: Callable[[], dict[str, int]]) -> None:

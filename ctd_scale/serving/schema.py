@@ -202,5 +202,15 @@ def ranked_items(items: Iterable[int], scores: Iterable[float], catalogue: Catal
     ]
 
 
+def picture_object(
+    version: str, points: Sequence[Sequence[float]], items: Sequence[int], catalogue: Catalogue
+) -> dict[str, Any]:
+    """A picture as it is answered: the points are those of the preference, of the draws, and of the items."""
+    draws = len(points) - 1 - len(items)
+    named = [{"item_id": catalogue.item_ids[item], "title": catalogue.titles[item]} for item in items]
+    told = [{"kind": "preference"}, *[{"kind": "draw"}] * draws, *({"kind": "item"} | name for name in named)]
+    return {"version": version, "points": [{**one, "x": x, "y": y} for one, (x, y) in zip(told, points, strict=True)]}
+
+
 def _shown(raw_id: str) -> str:
     return f"{raw_id[:MAX_CHARS]!r}"

@@ -17,7 +17,7 @@ CACHE_HIT = "preference_cached"
 class Telemetry:
     """Counts and times of requests and of their stages."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("ctd_requests", "Requests answered.", ["route", "status"], registry=registry)
         self._seconds = Histogram(
@@ -31,9 +31,9 @@ class Telemetry:
             registry=registry,
         )
         self._cache = Counter("ctd_preference_cache", "Look-ups of a known preference.", ["outcome"], registry=registry)
-        Gauge("ctd_version_info", "1 for what is served.", ["version"], registry=registry).labels(version).set(1)
+        self._version = Gauge("ctd_version_info", "1 for what is served.", ["version"], registry=registry)
 
-    async def observe(self, records: Sequence[Record]) -> None:
+    def observe(self, records: Sequence[Record]) -> None:
         """Count these requests."""
         for record in records:
             self._requests.labels(record.route, str(record.status)).inc()
@@ -46,6 +46,8 @@ class Telemetry:
             elif "preference" in record.stages:
                 self._cache.labels("miss").inc()
 
-    async def text(self) -> str:
-        """Everything in Prometheus' text format."""
+    def text(self, version: str) -> str:
+        """Everything in Prometheus' text format, and the version that is served."""
+        self._version.clear()
+        self._version.labels(version).set(1)
         return generate_latest(self._registry).decode()

@@ -6,6 +6,7 @@ One server for the module, in a process of its own, as it is started by hand.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import shutil
@@ -72,11 +73,19 @@ def recommender(run: Run) -> Recommender:
 
 
 @pytest.fixture(scope="module")
-def server(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def link(run: Run) -> Path:
+    """What the server is told to serve: a link to the run."""
+    made = run.root.parent / "current"
+    made.symlink_to(run.root)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(run: Run, link: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serves the tiny run from another folder than this one; ends it, if no test did, by SIGTERM."""
     ray_folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: socket paths are limited
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [*CTD, "serve", "--run", "tiny", "--port", "0", "--set", f"serving.request_timeout_s={TIMEOUT_S}.0"]
+    command = [*CTD, "serve", "--run", link.name, "--port", "0", "--set", f"serving.request_timeout_s={TIMEOUT_S}.0"]
     errors = tmp_path_factory.mktemp("logs") / "stderr"
     with errors.open("w") as stderr:
         process = subprocess.Popen(
@@ -319,6 +328,64 @@ def test_a_damaged_run_is_refused(run: Run, tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert "models/diffusion" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
+    server: Server, run: Run, link: Path, recommender: Recommender, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = make_tiny_run(tmp_path_factory.mktemp("other"), seed=1)
+    wanted: dict[str, list[list[str]]] = {}
+    for each in (recommender, Recommender(other)):
+        histories = [each.log.full_history(user) for user in range(20)]
+        found = each.recommend(histories, 10)
+        wanted[each.version] = [[each.catalogue.item_ids[item] for item in answer.items] for answer in found]
+    before, after = wanted
+    assert wanted[before] != wanted[after]
+
+    def lead_to(target: Path) -> None:
+        aside = link.with_name("aside")
+        aside.symlink_to(target)
+        aside.replace(link)
+        server.process.send_signal(signal.SIGHUP)
+
+    def said() -> str:
+        assert server.process.stdout is not None
+        return server.process.stdout.readline()
+
+    done, answers = threading.Event(), list[tuple[int, int, dict[str, Any]]]()
+
+    def ask(first: int) -> None:
+        with httpx.Client(base_url=server.client.base_url, timeout=60) as client:
+            for user in itertools.cycle(range(first, 20, 2)):
+                response = client.post(RECOMMEND, json={"user_id": f"u{user}"})
+                answers.append((user, response.status_code, response.json()))
+                if done.is_set():
+                    return
+
+    with ThreadPoolExecutor(2) as threads:
+        asking = [threads.submit(ask, first) for first in range(2)]
+        lead_to(other.root)
+        assert said() == f"now serving version {after}\n"
+        time.sleep(1)
+        lead_to(run.root)
+        assert said() == f"now serving version {before}\n"
+        time.sleep(1)
+        done.set()
+        for each in asking:
+            each.result()
+    assert {status for _, status, _ in answers} == {200}
+    for user, _, answer in answers:
+        assert [item["item_id"] for item in answer["items"]] == wanted[answer["version"]][user], "no answer is of both"
+    versions = [answer["version"] for _, _, answer in answers]
+    assert (versions[0], versions[-1]) == (before, before)
+    assert after in versions
+    assert f'ctd_version_info{{version="{before}"}} 1.0' in server.client.get("/metrics").text
+
+    lead_to(run.root.parent / "nowhere")
+    assert said().startswith("not swapped: no run at current")
+    assert server.post(user_id="u1").json()["version"] == before
+    lead_to(run.root)
+    assert said() == f"now serving version {before}\n"
 
 
 def test_a_ramp_counts_every_answer_and_times_it(server: Server) -> None:

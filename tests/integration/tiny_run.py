@@ -32,9 +32,10 @@ NOUNS = ("River", "Night", "Machine", "Garden", "Empire")
 CATEGORIES = ("drama", "comedy", "western", "crime")
 
 
-def make_tiny_run(folder: Path) -> Run:
-    """Publish every artifact that a recommendation needs under `folder`, in the order of the pipeline."""
-    torch.manual_seed(0)
+def make_tiny_run(folder: Path, seed: int = 0) -> Run:
+    """Publish every artifact that a recommendation needs under `folder`, in the order of the pipeline; `seed` is that
+    of the weights."""
+    torch.manual_seed(seed)
     rng = np.random.default_rng(0)
     run, config = Run(str(folder), "tiny"), tiny_config()
     run.write_config(config)

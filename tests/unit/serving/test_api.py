@@ -27,7 +27,9 @@ Ask = Callable[..., httpx.Response]
 class Pretended:
     """Does what the user id says; keeps what it is told."""
 
-    version = "v1"
+    @property
+    def version(self) -> str:
+        return "v1"
 
     def __init__(self) -> None:
         self.records: list[Record] = []

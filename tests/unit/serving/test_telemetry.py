@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
 import pytest
 
@@ -13,15 +11,17 @@ from ctd_scale.serving.telemetry import CACHE_HIT, Telemetry
 
 
 def test_requests_stages_and_known_preferences_are_counted() -> None:
-    telemetry = Telemetry("v1")
+    telemetry = Telemetry()
     cold, warm = {"preference": 0.2, "rank": 0.003}, {CACHE_HIT: 0.0, "rank": 0.003}
     records = [
         Record("1", "/v1/recommend", 200, 0.3, cold),
         Record("2", "/v1/recommend", 200, 0.02, warm),
         Record("3", "/v1/recommend", 504, 30.0),
     ]
-    asyncio.run(telemetry.observe(records))
-    lines = asyncio.run(telemetry.text()).splitlines()
+    telemetry.observe(records)
+    assert 'version="v0"' in telemetry.text("v0")
+    lines = telemetry.text("v1").splitlines()
+    assert not any('version="v0"' in line for line in lines)
     for line in (
         'ctd_requests_total{route="/v1/recommend",status="200"} 2.0',
         'ctd_requests_total{route="/v1/recommend",status="504"} 1.0',
