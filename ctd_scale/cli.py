@@ -206,13 +206,14 @@ def recommend_all_command(
     k: Annotated[int, typer.Option(help="how many items")] = 10,
     explain: Annotated[bool, typer.Option(help="let the LLM say what each user wants; takes much longer")] = False,
     exclude_seen: Annotated[bool, typer.Option(help="leave out what is in the history")] = True,
+    model: Annotated[str, typer.Option(help="a baseline of the run instead of the chain, such as sasrec")] = "",
 ) -> None:
     """Recommend to every user of the log, into Parquet; goes on where it was interrupted."""
     from ctd_scale.recommend_all import Order, recommend_all
 
     opened = Run.open(run)
-    target = out or f"{opened.url}/recommendations"
-    users = recommend_all(opened, target, Order(k, exclude_seen, explain))
+    target = out or f"{opened.url}/recommendations{f'-{model}' if model else ''}"
+    users = recommend_all(opened, target, Order(k, exclude_seen, explain, model))
     console.print(f"{users:,} users: {target}", highlight=False, soft_wrap=True)
 
 

@@ -15,7 +15,14 @@ import pyarrow as pa
 from ctd_scale.artifacts import Run, put_file
 from ctd_scale.batches import InteractionLog
 from ctd_scale.parts import part_name, write_parts
-from ctd_scale.recommender import Recommendation, Recommender, load_artifacts, version_of
+from ctd_scale.recommender import (
+    BaselineRecommender,
+    Recommendation,
+    Recommender,
+    baseline_version,
+    load_artifacts,
+    version_of,
+)
 
 # Users per file: little to lose in a kill, little to pay for a file.
 PART_USERS = 1024
@@ -37,19 +44,23 @@ class Order:
     k: int = 10
     exclude_seen: bool = True
     explain: bool = False
+    model: str = ""  # a baseline of the run instead of the chain
 
 
 def recommend_all(run: Run, out: str, order: Order) -> int:
     """Write `out`/part-*.parquet (user_id, item_ids, scores, text), by user index, and then manifest.json.
 
     `out` is a folder or fsspec URL that every node sees. Users without interactions get empty lists. Gives the number
-    of users. Raises ValueError: k below 1, or the folder holds the answer to another order or of another version.
+    of users. Raises ValueError: k below 1, a baseline that says nothing is to explain, or the folder holds the answer
+    to another order or of another version.
     """
     if order.k < 1:
         raise ValueError(f"--k {order.k}: expected at least 1")
-    artifacts = load_artifacts(run)
-    users = InteractionLog.load(artifacts["interactions"].path).num_users
-    asked = {"version": version_of(artifacts), **asdict(order), "users": users, "users_per_part": PART_USERS}
+    if order.model and order.explain:
+        raise ValueError(f"--explain needs the chain; {order.model} says nothing")
+    version = baseline_version(run, order.model) if order.model else version_of(load_artifacts(run))
+    users = InteractionLog.load(run.fetch("interactions").path).num_users
+    asked = {"version": version, **asdict(order), "users": users, "users_per_part": PART_USERS}
     filesystem, root = fsspec.url_to_fs(out)
     filesystem.makedirs(root, exist_ok=True)
     if filesystem.exists(f"{root}/{ORDER}"):
@@ -82,8 +93,9 @@ class RecommendPart:
     """The chain in one actor, and the users of one part after the other."""
 
     def __init__(self, storage: str, name: str, order: dict[str, Any], part_users: int) -> None:
-        self._recommender, self._order = Recommender(Run(storage, name)), Order(**order)
-        self._part_users = part_users
+        self._order, self._part_users, run = Order(**order), part_users, Run(storage, name)
+        self._chunk_users = run.read_config().evaluation.chunk_users
+        self._recommender = BaselineRecommender(run, self._order.model) if self._order.model else Recommender(run)
 
     def table(self, part: int) -> pa.Table:
         """(user_id, item_ids, scores, text) of the part's users, by user index."""
@@ -92,13 +104,15 @@ class RecommendPart:
         log, order = self._recommender.log, self._order
         answers = {user: Recommendation([], [], "") for user in users}
         known = [user for user in users if log.offsets[user + 1] > log.offsets[user]]
-        step = self._recommender.config.evaluation.chunk_users
-        for start in range(0, len(known), step):
-            chunk = known[start : start + step]
+        for start in range(0, len(known), self._chunk_users):
+            chunk = known[start : start + self._chunk_users]
             histories = [log.full_history(user) for user in chunk]
-            found = self._recommender.recommend(
-                histories, order.k, exclude_seen=order.exclude_seen, explain=order.explain
-            )
+            if isinstance(self._recommender, BaselineRecommender):
+                found = self._recommender.recommend(histories, order.k, users=chunk, exclude_seen=order.exclude_seen)
+            else:
+                found = self._recommender.recommend(
+                    histories, order.k, exclude_seen=order.exclude_seen, explain=order.explain
+                )
             answers.update(zip(chunk, found, strict=True))
         ids = log.catalogue.item_ids
         columns = [

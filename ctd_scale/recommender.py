@@ -227,10 +227,8 @@ class BaselineRecommender:
     """A baseline of a run, with the answers of `Recommender`."""
 
     def __init__(self, run: Run, name: str) -> None:
-        if name not in SCORERS:
-            raise ValueError(f"no baseline {name!r}; baselines: {', '.join(SCORERS)}")
+        self.version = baseline_version(run, name)
         self.name, self.log = name, InteractionLog.load(run.fetch("interactions").path)
-        self.version = f"{name}-{run.fetch(trained_artifact(name) or 'interactions').digest[:12]}"
         self._scorer = SCORERS[name](run, run.read_config())
 
     @property
@@ -288,6 +286,13 @@ def version_of(artifacts: Mapping[str, Artifact]) -> str:
     """Identity of everything that shapes an answer: 12 hex digits over the artifacts' digests."""
     digests = json.dumps({name: artifacts[name].digest for name in ARTIFACTS})
     return hashlib.sha256(digests.encode()).hexdigest()[:12]
+
+
+def baseline_version(run: Run, name: str) -> str:
+    """Identity of a baseline's answers. Raises ValueError: there is none of that name; ArtifactError: not trained."""
+    if name not in SCORERS:
+        raise ValueError(f"no baseline {name!r}; baselines: {', '.join(SCORERS)}")
+    return f"{name}-{run.fetch(trained_artifact(name) or 'interactions').digest[:12]}"
 
 
 def load_preference(artifacts: dict[str, Artifact], config: RunConfig) -> PreferenceModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from packaging.utils import canonicalize_name
 
 from ctd_scale.artifacts import MAKERS
 from ctd_scale.config import load_config
+from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.telemetry import CACHE_HIT, Telemetry
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.toml"))
@@ -159,3 +162,16 @@ def test_the_service_of_the_cluster_passes_a_run() -> None:
     assert application["import_path"].startswith("ctd_scale.serving.app:")
     assert list(application["args"]) == ["run"]
     assert serve["http_options"]["request_timeout_s"] > load_config().serving.request_timeout_s
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    dashboard = json.loads((ROOT / "cluster" / "grafana" / "endpoint.json").read_text(encoding="utf-8"))
+    telemetry = Telemetry()
+    telemetry.observe(
+        [Record("1", "/v1/recommend", 200, 0.3, {"preference": 0.2}), Record("2", "/", 200, 0.1, {CACHE_HIT: 0.0})]
+    )
+    names = {line.split("{")[0].split(" ")[0] for line in telemetry.text("v1").splitlines() if not line.startswith("#")}
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    used = {name for expression in asked for name in re.findall(r"ctd_\w+", expression)}
+    assert used <= names
+    assert len(used) >= 5

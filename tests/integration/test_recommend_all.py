@@ -15,7 +15,7 @@ from ctd_scale import recommend_all as module
 from ctd_scale.artifacts import Run
 from ctd_scale.parts import part_name
 from ctd_scale.recommend_all import MANIFEST, Order, recommend_all
-from ctd_scale.recommender import Recommender
+from ctd_scale.recommender import BaselineRecommender, Recommender
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +42,22 @@ def test_every_user_gets_what_recommend_answers(run: Run, ray_session: None, tmp
         assert row["item_ids"] == [ids[item] for item in answer.items]
         assert np.allclose(row["scores"], answer.scores, atol=1e-5)
         assert row["text"] == answer.text
+
+
+def test_a_baseline_does_it_too(run: Run, ray_session: None, tmp_path: Path) -> None:
+    recommend_all(run, str(tmp_path), Order(k=5, model="item_knn"))
+    rows = pq.read_table(tmp_path / part_name(0)).to_pylist()
+    baseline = BaselineRecommender(run, "item_knn")
+    assert json.loads((tmp_path / MANIFEST).read_text())["version"] == baseline.version
+    log, ids = baseline.log, baseline.catalogue.item_ids
+    for user in (0, 7, 30):
+        (answer,) = baseline.recommend([log.full_history(user)], 5, users=[user])
+        assert rows[user]["item_ids"] == [ids[item] for item in answer.items]
+        assert not set(rows[user]["item_ids"]) & {ids[item] for item in log.full_history(user)}
+    with pytest.raises(ValueError, match="--explain needs the chain; item_knn says nothing"):
+        recommend_all(run, str(tmp_path), Order(model="item_knn", explain=True))
+    with pytest.raises(ValueError, match="no baseline 'item_kn'; baselines: popularity"):
+        recommend_all(run, str(tmp_path), Order(model="item_kn"))
 
 
 def test_a_second_start_makes_what_is_missing(
