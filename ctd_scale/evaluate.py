@@ -18,12 +18,12 @@ from ctd_scale.batches import SPLITS, InteractionLog, Preferences, Split, load_r
 from ctd_scale.calibrate import scored_pools
 from ctd_scale.config import RunConfig
 from ctd_scale.metrics import ranks_in_lists
-from ctd_scale.ranking import Ranks, padded, rank_targets, save_ranks
+from ctd_scale.ranking import Ranks, beyond_accuracy, padded, rank_targets, save_ranks
 from ctd_scale.recommender import load_density, load_retrieve
 from ctd_scale.training import console
 
 INPUTS = ("interactions", "embeddings", "models/llm", "preferences", "models/diffusion", "index", "ranking")
-METRICS = ("hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr", "coverage@10")
+METRICS = ("hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr", "coverage@10", "diversity@10", "popularity@10", "rare_hr@10")
 
 SPLITTING = {False: "leave-one-out by order", True: "global time"}
 
@@ -66,7 +66,7 @@ def make_report(
     """The table with its protocol and the weights that were chosen."""
     log = InteractionLog.load(artifacts["interactions"].path)
     rows = [
-        {"model": model, "split": split, **ranks.summary(log.num_items)}
+        {"model": model, "split": split, **ranks.summary(log.num_items), **beyond_accuracy(log, split, ranks)}
         for split, models in ranked.items()
         for model, ranks in models.items()
     ]
@@ -142,6 +142,11 @@ def _rank_chain(
     return {name: Ranks(np.concatenate(ranks[name]), np.concatenate(top[name]), seconds[name]) for name in names}
 
 
+def printed(value: float | None) -> str:
+    """A metric as it is printed; nothing where there is none."""
+    return "" if value is None else f"{value:.4f}"
+
+
 def print_report(report: Report) -> None:
     """The table with its protocol."""
     protocol = report["protocol"]
@@ -158,7 +163,7 @@ def print_report(report: Report) -> None:
             table.add_column(name, justify="right")
         for row in report["rows"]:
             if row["split"] == split:
-                values = (f"{row[name]:.4f}" for name in METRICS)
+                values = (printed(row[name]) for name in METRICS)
                 table.add_row(row["model"], *values, f"{row['seconds']:.1f}")
         console.print(table)
 
@@ -171,7 +176,7 @@ def write_report_markdown(reports: list[Report], path: Path) -> None:
         lines += [f"Protocol: {json.dumps(protocol)}", "", "| model | " + " | ".join(METRICS) + " |"]
         lines.append("|---" * (len(METRICS) + 1) + "|")
         lines += [
-            f"| {row['model']} | " + " | ".join(f"{row[name]:.4f}" for name in METRICS) + " |"
+            f"| {row['model']} | " + " | ".join(printed(row[name]) for name in METRICS) + " |"
             for row in report["rows"]
             if row["split"] == "test"
         ]

@@ -7,7 +7,7 @@ run. A baseline's ranks are an artifact of that run, `ranks/NAME`; the chain's a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from ctd_scale.batches import SPLITS, InteractionLog, Split
 from ctd_scale.config import ConfigError, RunConfig, load_config
 from ctd_scale.evaluate import METRICS, protocol_of, rank_baseline
 from ctd_scale.pipeline import Stage, run_pipeline, run_with_inputs
-from ctd_scale.ranking import load_ranks, ndcg_gains, save_ranks
+from ctd_scale.ranking import beyond_accuracy, load_ranks, ndcg_gains, save_ranks
 
 # Of the chain; `full_text` only where texts are generated.
 CHAIN = ("single_draw", "draws", "error", "preference", "fused_draws", "fused_error", "fused_both", "full", "full_text")
@@ -44,7 +44,7 @@ class Measured:
     model: str
     split: Split
     seed: int
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     training_seconds: float | None
     peak_memory_mb: float | None
     ids: dict[str, float] | None
@@ -63,8 +63,8 @@ class Row:
     model: str
     split: Split
     seeds: list[int]
-    mean: dict[str, float]
-    spread: dict[str, float]
+    mean: dict[str, float | None]
+    spread: dict[str, float | None]
     training_seconds: float | None
     peak_memory_mb: float | None
     ids: dict[str, float] | None
@@ -140,7 +140,9 @@ def _rank(name: str, run: Run, config: RunConfig, config_hash: str) -> None:
     with run.publish(f"ranks/{name}", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         for split in SPLITS:
             ranks = rank_baseline(name, run, config, split, mask_seen)
-            rows.append({"model": name, "split": split, **ranks.summary(log.num_items)})
+            rows.append(
+                {"model": name, "split": split, **ranks.summary(log.num_items), **beyond_accuracy(log, split, ranks)}
+            )
             save_ranks(log.split_users(split), {name: ranks.ranks}, folder / RANKS.format(split=split))
         write_text(folder / ROWS, json.dumps({"rows": rows}, indent=2) + "\n")
 
@@ -158,7 +160,7 @@ def _measured(run: Run, config: RunConfig, name: str, models: Iterable[str]) -> 
             if (model, split) not in by_model:
                 raise ConfigError(f"{run.url} has no {model!r}; it needs llm.generate_texts=true")
             row = by_model[model, split]
-            metrics = {key: row[key] for key in (*METRICS, "seconds")}
+            metrics = {key: row.get(key) for key in (*METRICS, "seconds")}
             gains = ndcg_gains(ranks[model].astype(np.float64))
             found.append(
                 Measured(
@@ -201,7 +203,7 @@ def _row(
 ) -> Row:
     own = [each for each in measured if (each.model, each.split) == (model, split)]
     others = [each for each in measured if (each.model, each.split) == (against, split)]
-    table = {key: np.array([each.metrics[key] for each in own]) for key in (*METRICS, "seconds")}
+    table = {key: [each.metrics[key] for each in own] for key in (*METRICS, "seconds")}
     differences = np.mean([each.gains for each in own], axis=0) - np.mean([each.gains for each in others], axis=0)
 
     def mean_of(values: list[float | None]) -> float | None:
@@ -217,8 +219,8 @@ def _row(
         model=model,
         split=split,
         seeds=seeds,
-        mean={key: float(values.mean()) for key, values in table.items()},
-        spread={key: float(values.std()) for key, values in table.items()},
+        mean={key: _known(np.mean, values) for key, values in table.items()},
+        spread={key: _known(np.std, values) for key, values in table.items()},
         training_seconds=mean_of([each.training_seconds for each in own]),
         peak_memory_mb=mean_of([each.peak_memory_mb for each in own]),
         ids=own[0].ids,
@@ -226,6 +228,12 @@ def _row(
         difference=float(differences.mean()),
         interval=bootstrap_interval(differences),
     )
+
+
+def _known(statistic: Callable[..., Any], values: Sequence[float | None]) -> float | None:
+    """Over the seeds that have a value; None where none has."""
+    known = [value for value in values if value is not None]
+    return float(statistic(known)) if known else None
 
 
 def bootstrap_interval(differences: Float64[ndarray, "users"], seed: int = 0) -> tuple[float, float]:

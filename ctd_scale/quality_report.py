@@ -12,7 +12,7 @@ from rich.table import Table
 from ctd_scale.artifacts import write_text
 from ctd_scale.batches import SPLITS
 from ctd_scale.environment import machine, versions
-from ctd_scale.evaluate import METRICS
+from ctd_scale.evaluate import METRICS, printed
 from ctd_scale.training import console
 
 PROTOCOL = ("dataset", "splitting", "mask_seen")
@@ -127,7 +127,12 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     several = len(row["seeds"]) > 1
-    values = [f"{row['mean'][name]:.4f}" + (f" ± {row['spread'][name]:.4f}" if several else "") for name in METRICS]
+    # Rows of older runs lack what is measured since.
+    values = [
+        printed(row["mean"].get(name))
+        + (f" ± {row['spread'][name]:.4f}" if several and row["spread"].get(name) is not None else "")
+        for name in METRICS
+    ]
     low, high = row["interval"]
     against = (
         ""

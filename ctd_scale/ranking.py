@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Float64, Int32, Int64
 from numpy import ndarray
+from scipy import sparse
 
 from ctd_scale.batches import InteractionLog, Split, read_table, write_table
 from ctd_scale.metrics import summarise, target_ranks, top_k
@@ -18,6 +19,8 @@ from ctd_scale.metrics import summarise, target_ranks, top_k
 # (user indices, their histories) -> scores [batch, items], higher is better.
 Scorer = Callable[[ndarray, list[ndarray]], Float32[ndarray, "batch items"]]
 TOP = 10
+RARE = 5
+CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,51 @@ def rank_targets(
         ranks.append(target_ranks(scores, log.targets(chunk, split)))
         top.append(padded(top_k(scores, TOP)[0]))
     return Ranks(np.concatenate(ranks), np.concatenate(top), time.perf_counter() - started)
+
+
+def beyond_accuracy(log: InteractionLog, split: Split, ranks: Ranks) -> dict[str, float | None]:
+    """What the first ten items are like, and whether rare ones are found, by the training interactions alone, so that
+    it means the same for every model:
+
+    - `diversity@10`: 1 - the mean cosine between two shown items, as sets of the users who chose them;
+    - `popularity@10`: the mean share of the catalogue that was chosen less often than a shown item;
+    - `rare_hr@10`: hit rate over the targets with fewer than `RARE` interactions; None where there are none.
+    """
+    users, items = log.train_edges()
+    counts = np.bincount(items, minlength=log.num_items)
+    below = np.searchsorted(np.sort(counts), counts) / log.num_items
+    shown = ranks.top >= 0
+    chosen = np.maximum(ranks.top, 0)
+    rare = counts[log.targets(log.split_users(split), split)] < RARE
+    return {
+        "diversity@10": 1 - _mean_cosine(users, items, ranks.top, log.num_items),
+        "popularity@10": float(below[chosen][shown].mean()) if shown.any() else None,
+        "rare_hr@10": float((ranks.ranks[rare] <= TOP).mean()) if rare.any() else None,
+    }
+
+
+def _mean_cosine(users: ndarray, items: ndarray, top: Int32[ndarray, "rows 10"], num_items: int) -> float:
+    """Mean over all rows and pairs of two shown items. The squared length of a sum of unit vectors is their number plus
+    twice the sum over their pairs."""
+    seen = sparse.csr_array((np.ones(len(items), np.float32), (items, users)), shape=(num_items, users.max() + 1))
+    seen.data[:] = 1
+    lengths = np.sqrt(np.maximum(seen.sum(axis=1), 1))
+    seen = sparse.csr_array(seen / lengths[:, None])
+    rows, places = np.nonzero(top >= 0)
+    total, pairs = 0.0, 0
+    for start in range(0, len(top), CHUNK_ROWS):
+        mine = (rows >= start) & (rows < start + CHUNK_ROWS)
+        some = rows[mine] - start
+        chosen = top[rows[mine], places[mine]]
+        picked = sparse.csr_array((np.ones(len(some), np.float32), (some, chosen)), shape=(CHUNK_ROWS, num_items))
+        sums = picked @ seen
+        # An item that nobody chose is like no other, itself included.
+        known = np.bincount(some, weights=np.diff(seen.indptr)[chosen] > 0, minlength=CHUNK_ROWS)
+        squared = np.asarray(sums.multiply(sums).sum(axis=1)).ravel()
+        counted = np.bincount(some, minlength=CHUNK_ROWS)
+        total += float((squared - known).sum()) / 2
+        pairs += int((counted * (counted - 1) // 2).sum())
+    return total / max(1, pairs)
 
 
 def ndcg_gains(ranks: Float64[ndarray, "users"], k: int = TOP) -> Float64[ndarray, "users"]:

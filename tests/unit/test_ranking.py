@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ctd_scale import ranking
 from ctd_scale.batches import Catalogue, InteractionLog, Split
-from ctd_scale.ranking import load_ranks, rank_targets, save_ranks
+from ctd_scale.ranking import beyond_accuracy, load_ranks, rank_targets, save_ranks
 
 USERS, ITEMS = 23, 8
 
@@ -54,6 +56,42 @@ def test_the_scorer_gets_the_histories_of_its_users_and_its_scores_are_left_alon
 
     rank_targets(log, scorer, "test", mask_seen=True, chunk_users=4)
     assert not table.any()
+
+
+def test_what_is_shown_is_described_by_the_training_interactions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "RARE", 6)
+    log, table = random_log(), np.random.default_rng(1).standard_normal((USERS, ITEMS)).astype(np.float32)
+    found = rank_targets(log, lambda users, _: table[users], "test", mask_seen=True, chunk_users=5)
+    chosen_by = np.zeros((ITEMS, USERS))
+    counts = np.zeros(ITEMS)
+    for user in range(USERS):
+        for item in log.train_sequence(user):
+            chosen_by[item, user] = 1
+            counts[item] += 1
+    cosines, places = [], []
+    for row in found.top:
+        items = row[row >= 0].tolist()
+        places += [np.mean(counts < counts[item]) for item in items]
+        for one, other in itertools.combinations(items, 2):
+            lengths = np.linalg.norm(chosen_by[one]) * np.linalg.norm(chosen_by[other])
+            cosines.append(chosen_by[one] @ chosen_by[other] / lengths if lengths else 0.0)
+    targets = log.targets(log.split_users("test"), "test")
+    described = beyond_accuracy(log, "test", found)
+    assert described["diversity@10"] == pytest.approx(1 - np.mean(cosines), abs=1e-6)
+    assert described["popularity@10"] == pytest.approx(np.mean(places))
+    assert 0 < (counts[targets] < 6).sum() < len(targets)
+    assert described["rare_hr@10"] == pytest.approx((found.ranks[counts[targets] < 6] <= 10).mean())
+
+
+def test_where_no_target_is_rare_none_is_found() -> None:
+    names = ["a", "b", "c"]
+    log = InteractionLog(
+        np.arange(0, 31, 3), np.tile([0, 1, 2], 10).astype(np.int32), list("0123456789"), Catalogue(names, names, names)
+    )
+    found = rank_targets(log, lambda users, _: np.eye(10, 3, dtype=np.float32), "test", mask_seen=False, chunk_users=99)
+    assert beyond_accuracy(log, "test", found)["rare_hr@10"] == 1.0, "nobody chose it in training"
+    again = InteractionLog(log.offsets, np.tile([0, 1, 0], 10).astype(np.int32), log.user_ids, log.catalogue)
+    assert beyond_accuracy(again, "test", found)["rare_hr@10"] is None
 
 
 def test_saved_ranks_come_back(tmp_path: Path) -> None:
