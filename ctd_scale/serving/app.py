@@ -96,7 +96,9 @@ def swap(run: Run, config: RunConfig, url: str) -> str:
     deadline = time.monotonic() + SWAP_TIMEOUT_S
     while (served := _served_version(url)) != source.version:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"still serving version {served}; the replicas' logs say why")
+            raise RuntimeError(
+                f"still serving version {served}; logs/serving of the run that was served first says why"
+            )
         time.sleep(0.2)
     return source.version
 

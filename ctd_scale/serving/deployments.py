@@ -13,6 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ from ctd_scale.serving.telemetry import CACHE_HIT
 
 SEND_RECORDS_S = 0.5
 FOLLOW_S = 1.0  # how soon a replica learns of another version
+LOG_BYTES, LOG_FILES = 50_000_000, 4
 serving_log = logging.getLogger("ctd_scale.serving")
 
 
@@ -131,8 +134,8 @@ class App(Step):
         self._records: list[Record] = []
         self._warm, self._in_progress = False, 0
         _configure_batches(config, self._ranked)
-        log_requests(config.access_log)
         self._release: Release = await asyncio.to_thread(open_release, await coordinator.current.remote(None))
+        open_logs(self._release.source.run.root / "logs" / "serving", config.access_log)
         self._following = asyncio.create_task(self._follow())
 
     @property
@@ -277,14 +280,17 @@ def _resolved(directory: Directory, request: RecommendRequest) -> tuple[Int32[nd
     return history, excluded
 
 
-def log_requests(on: bool) -> None:
-    """The logs of this replica, on its standard error."""
-    if not serving_log.handlers:
-        serving_log.addHandler(logging.StreamHandler())
-    if on and not access_log.handlers:
-        access_log.addHandler(logging.StreamHandler())
-        access_log.setLevel(logging.INFO)
-        access_log.propagate = False
+def open_logs(folder: Path, requests: bool) -> None:
+    """The logs of this replica: what went wrong, and a line of JSON for every request where it is wanted. They are
+    bounded: the oldest lines go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {serving_log: "errors.log", **({access_log: "requests.jsonl"} if requests else {})}
+    for log, name in wanted.items():
+        if not log.handlers:
+            file = folder / f"{os.getpid()}-{name}"
+            log.addHandler(RotatingFileHandler(file, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"))
+            log.setLevel(logging.INFO)
+            log.propagate = False
 
 
 async def _result(response: DeploymentResponse) -> Any:

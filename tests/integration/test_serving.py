@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import re
 import shutil
@@ -328,6 +329,18 @@ def test_a_damaged_run_is_refused(run: Run, tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert "models/diffusion" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_every_request_is_a_line_of_the_log(server: Server, run: Run) -> None:
+    headers = {"X-Request-ID": "seen-in-the-log"}
+    server.client.post(RECOMMEND, json={"user_id": "u9999"}, headers=headers)
+    lines = [
+        json.loads(line)
+        for file in (run.root / "logs" / "serving").glob("*-requests.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    (mine,) = [line for line in lines if line["request_id"] == "seen-in-the-log"]
+    assert (mine["route"], mine["status"], mine["stages"]) == (RECOMMEND, 404, {})
 
 
 def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
