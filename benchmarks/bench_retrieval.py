@@ -130,7 +130,7 @@ def usearch_index(vectors: np.ndarray) -> Built:
         for value in EFFORTS[3:]:
 
             def search(queries: np.ndarray, value: int = value) -> np.ndarray:
-                index.expansion_search = value  # type: ignore[misc]
+                index.expansion_search = value
                 return np.asarray(index.search(queries, K, threads=1).keys)
 
             yield f"expansion {value}", search
