@@ -25,6 +25,7 @@ from ctd_scale.training import console
 INPUTS = ("interactions", "embeddings", "models/llm", "preferences", "models/diffusion", "index", "ranking")
 METRICS = ("hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr", "coverage@10", "diversity@10", "popularity@10", "rare_hr@10")
 
+SHOWN = METRICS[:6]  # what fits on a line of a terminal; the file has all of it
 SPLITTING = {False: "leave-one-out by order", True: "global time"}
 
 Report = dict[str, Any]
@@ -159,11 +160,11 @@ def print_report(report: Report) -> None:
         console.print(f"{title}, [bold]{split}[/]", highlight=False, soft_wrap=True)
         table = Table()
         table.add_column("model")
-        for name in (*METRICS, "seconds"):
+        for name in (*SHOWN, "seconds"):
             table.add_column(name, justify="right")
         for row in report["rows"]:
             if row["split"] == split:
-                values = (printed(row[name]) for name in METRICS)
+                values = (printed(row[name]) for name in SHOWN)
                 table.add_row(row["model"], *values, f"{row['seconds']:.1f}")
         console.print(table)
 

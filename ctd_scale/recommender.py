@@ -258,12 +258,11 @@ class BaselineRecommender:
 def excluded_items(
     histories: Sequence[ndarray], exclude_seen: bool, further: Sequence[ndarray] | None = None
 ) -> list[ndarray]:
-    """What may not come back for each history: what is in it, and what is asked for besides."""
-    nothing = np.zeros(0, np.int32)
-    return [
-        np.union1d(history if exclude_seen else nothing, more).astype(np.int32)
-        for history, more in zip(histories, further or [nothing] * len(histories), strict=True)
-    ]
+    """What may not come back for each history: what is in it, and what is asked for besides (repeats may be there)."""
+    seen = [np.unique(history if exclude_seen else history[:0]).astype(np.int32) for history in histories]
+    if further is None:
+        return seen
+    return [np.concatenate([known, more]) for known, more in zip(seen, further, strict=True)]
 
 
 def answers(ids: ndarray, scores: ndarray, texts: list[str]) -> list[Recommendation]:

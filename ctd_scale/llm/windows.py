@@ -109,7 +109,7 @@ def plan_steps(
 ) -> list[Int64[ndarray, "picked"]]:
     """Window numbers of each optimizer step: equal shares of the shuffled windows, about `batch_tokens` tokens each.
 
-    A step is a sample of all windows, whatever their length: steps of like windows train worse.
+    A step is a sample of all windows, whatever their length.
     """
     order = random.permutation(len(sizes))
     before = np.cumsum(sizes[order]) - sizes[order]

@@ -63,19 +63,21 @@ class HybridRetriever:
         """
         batch, per_user, dim = queries.shape
         items = len(self.vectors)
-        banned = self._pairs(excluded, batch, "excluded")
-        pairs = [self._pairs(matches, batch, "matches")]
+        self._check(excluded, batch, "excluded")
+        self._check(matches, batch, "matches")
         # Whoever may see only a part of the catalogue (a category) has that part searched, and the others the index.
-        narrow = np.array([len(each) > items // 2 for each in excluded])
-        for user in np.flatnonzero(narrow).tolist():
-            allowed = np.setdiff1d(np.arange(items), excluded[user])
-            ids, _ = exact_search(self.vectors, unit_vectors(queries[user], "query"), size, among=allowed)
-            pairs.append(user * items + ids[ids >= 0].astype(np.int64))
-        wide = np.repeat(~narrow, per_user)
+        narrow = [len(each) > items // 2 for each in excluded]
+        pairs = [
+            user * items + self._among(queries[user], matches[user], excluded[user], size)
+            for user in np.flatnonzero(narrow).tolist()
+        ]
+        excluded, matches = _emptied(excluded, narrow), _emptied(matches, narrow)
+        banned = self._pairs(excluded)
+        pairs.append(self._pairs(matches))
+        wide = np.repeat(np.logical_not(narrow), per_user)
         pending, owner = queries.reshape(-1, dim)[wide], np.repeat(np.arange(batch), per_user)[wide]
         # One search does for most; a user with many excluded items must not make it dearer for everybody.
-        longest = max((len(each) for each in excluded if len(each) <= items // 2), default=0)
-        k = min(items, size + min(size, longest))
+        k = min(items, size + min(size, max(map(len, excluded), default=0)))
         while len(pending):
             ids, _ = self.dense.search(pending, k)
             found = owner[:, None] * items + ids
@@ -111,7 +113,8 @@ class HybridRetriever:
         batch, items = len(ids), len(self.vectors)
         pairs = np.arange(batch)[:, None] * items + ids
         real = ids >= 0
-        matched = real & np.isin(pairs, self._pairs(matches, batch, "matches"))
+        self._check(matches, batch, "matches")
+        matched = real & np.isin(pairs, self._pairs(matches))
         final = np.where(real, hybrid_scores(scores, matched, self.pi), np.float32(-np.inf))
         order = np.lexsort((ids, -final))[:, :k]
         best_ids = np.full((batch, k), -1, dtype=np.int32)
@@ -132,16 +135,37 @@ class HybridRetriever:
         ids = self.pool(queries[:, None], matches, excluded, size=k)
         return self.rank(ids, self.cosines(queries[:, None], ids)[:, 0], matches, k)
 
-    def _pairs(self, lists: Sequence[Int32[ndarray, "_"]], batch: int, name: str) -> Int64[ndarray, "pairs"]:
-        """(user, item) as user * items + item: membership for the whole batch is then one look-up."""
+    def _among(
+        self,
+        queries: Float32[ndarray, "queries cond_dim"],
+        matches: Int32[ndarray, "_"],
+        excluded: Int32[ndarray, "_"],
+        size: int,
+    ) -> Int64[ndarray, "candidates"]:
+        """The candidates of one user, exactly, from what is left to see."""
+        allowed = np.ones(len(self.vectors), dtype=bool)
+        allowed[excluded] = False
+        ids, _ = exact_search(self.vectors, unit_vectors(queries, "query"), size, among=np.flatnonzero(allowed))
+        return np.concatenate([ids[ids >= 0], matches[allowed[matches]]]).astype(np.int64)
+
+    def _check(self, lists: Sequence[Int32[ndarray, "_"]], batch: int, name: str) -> None:
         items = len(self.vectors)
         if len(lists) != batch:
             raise ValueError(f"{name} has {len(lists)} lists, expected one for each of the {batch} users")
+        for ids in lists:
+            if len(ids) and not 0 <= ids.min() <= ids.max() < items:
+                raise ValueError(f"{name} spans [{ids.min()}, {ids.max()}], expected item indices in [0, {items})")
+
+    def _pairs(self, lists: Sequence[Int32[ndarray, "_"]]) -> Int64[ndarray, "pairs"]:
+        """(user, item) as user * items + item: membership for the whole batch is then one look-up."""
         ids = np.concatenate([np.empty(0, dtype=np.int64), *lists])
-        if ids.size and not 0 <= ids.min() <= ids.max() < items:
-            raise ValueError(f"{name} spans [{ids.min()}, {ids.max()}], expected item indices in [0, {items})")
-        pairs: Int64[ndarray, "pairs"] = np.repeat(np.arange(batch) * items, [len(each) for each in lists]) + ids
+        users = np.repeat(np.arange(len(lists)), [len(each) for each in lists])
+        pairs: Int64[ndarray, "pairs"] = users * len(self.vectors) + ids
         return pairs
+
+
+def _emptied(lists: Sequence[Int32[ndarray, "_"]], where: Sequence[bool]) -> list[Int32[ndarray, "_"]]:
+    return [each[:0] if empty else each for each, empty in zip(lists, where, strict=True)]
 
 
 def _padded(users: Int64[ndarray, "pairs"], ids: Int64[ndarray, "pairs"], batch: int) -> Int32[ndarray, "batch pool"]:

@@ -66,36 +66,41 @@ class Preference(Step):
         self._models: OrderedDict[str, PreferenceModel] = OrderedDict()
         self._loading = asyncio.Lock()
         _configure_batches(config, self.preference, self.text)
-        await self._have((await coordinator.current.remote(None)).version)
+        await self._model((await coordinator.current.remote(None)).version)
 
     @serve.batch  # type: ignore[untyped-decorator]
     async def preference(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[Float32[ndarray, "cond_dim"]]:
         """The preference after each history, by the LLM of its version."""
-        await self._have(*(version for version, _ in asked))
-        return await self._compute(self._each, asked, PreferenceModel.__call__)
+        return await self._compute(_each, asked, await self._models_of(asked), PreferenceModel.__call__)
 
     @serve.batch  # type: ignore[untyped-decorator]
     async def text(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[str]:
         """What the LLM of each version says after a history."""
-        await self._have(*(version for version, _ in asked))
-        return await self._compute(self._each, asked, PreferenceModel.texts)
+        return await self._compute(_each, asked, await self._models_of(asked), PreferenceModel.texts)
 
-    def _each(self, asked: list[tuple[str, ndarray]], read: Callable[..., Any]) -> list[Any]:
-        found: list[Any] = [None] * len(asked)
-        for version in {version for version, _ in asked}:
-            places = [place for place, (of, _) in enumerate(asked) if of == version]
-            for place, answer in zip(places, read(self._models[version], [asked[i][1] for i in places]), strict=True):
-                found[place] = answer
-        return found
+    async def _models_of(self, asked: list[tuple[str, ndarray]]) -> dict[str, PreferenceModel]:
+        return {version: await self._model(version) for version in {version for version, _ in asked}}
 
-    async def _have(self, *versions: str) -> None:
-        for version in set(versions) - self._models.keys():
-            async with self._loading:
-                if version not in self._models:
-                    source: Source = await self._coordinator.source.remote(version)
-                    self._models[version] = await asyncio.to_thread(_warm_preference, source)
-                    while len(self._models) > KEPT_VERSIONS:
-                        self._models.popitem(last=False)
+    async def _model(self, version: str) -> PreferenceModel:
+        """The LLM of a version; of those that are kept, the one that was not asked for the longest goes first."""
+        async with self._loading:
+            if version not in self._models:
+                source: Source = await self._coordinator.source.remote(version)
+                self._models[version] = await asyncio.to_thread(_warm_preference, source)
+            self._models.move_to_end(version)
+            while len(self._models) > KEPT_VERSIONS:
+                self._models.popitem(last=False)
+            return self._models[version]
+
+
+def _each(asked: list[tuple[str, ndarray]], models: dict[str, PreferenceModel], read: Callable[..., Any]) -> list[Any]:
+    """What `read` gives for each history by the model of its version."""
+    found: list[Any] = [None] * len(asked)
+    for version, model in models.items():
+        places = [place for place, (of, _) in enumerate(asked) if of == version]
+        for place, answer in zip(places, read(model, [asked[place][1] for place in places]), strict=True):
+            found[place] = answer
+    return found
 
 
 def _warm_preference(source: Source) -> PreferenceModel:
@@ -143,20 +148,22 @@ class App(Step):
         return self._release.version
 
     async def _follow(self) -> None:
-        """Serve what the coordinator says, as soon as all of it is there; what cannot be loaded is not tried again."""
+        """Serve what the coordinator says, as soon as all of it is there. A queue that is full or a process that is
+        away is asked again; what cannot be loaded is not."""
         refused = 0
         while True:
             await asyncio.sleep(FOLLOW_S)
+            source = self._release.source
             try:
-                source: Source = await self._coordinator.current.remote(self._release.source)
-                if source.number <= max(refused, self._release.source.number):
-                    continue
-                refused = source.number
-                release = await asyncio.to_thread(open_release, source)
-                await self._preference.preference.remote((source.version, np.zeros(1, np.int32)))
-                self._release = release
-            except Exception:
+                source = await self._coordinator.current.remote(source)
+                if source.number > max(refused, self._release.source.number):
+                    release = await asyncio.to_thread(open_release, source)
+                    await self._preference.preference.remote((source.version, np.zeros(1, np.int32)))
+                    self._release = release
+            except Exception as error:
                 serving_log.exception("still serving version %s", self.version)
+                if isinstance(error, ValueError | OSError):
+                    refused = source.number
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self, self._config)

@@ -82,7 +82,8 @@ class BatchResponse(_Strict):
 
 
 class ItemsResponse(_Strict):
-    """Items, best first: those like another (score: the cosine of their vectors) or those that a query names."""
+    """Items, best first: those like another (score: the cosine of their vectors) or those that a query names (score:
+    1 / place)."""
 
     version: str
     items: list[RankedItem]
@@ -162,7 +163,8 @@ class Directory:
         categories: Sequence[str] | None = None,
         exclude_categories: Sequence[str] = (),
     ) -> Int32[ndarray, "_"]:
-        """Items that may not come back: the named ones, those outside `categories`, those in `exclude_categories`.
+        """Items that may not come back: the named ones, those outside `categories`, those in `exclude_categories`. They
+        come in no order, and some twice.
 
         Raises RequestError: an unknown item or category, or no category allowed.
         """
@@ -176,7 +178,7 @@ class Directory:
         unwanted[_looked_up(exclude_categories, self._categories, "exclude_categories", "categories")] = True
         if not unwanted.any():
             return named
-        return np.union1d(named, np.flatnonzero(unwanted[self._category_of])).astype(np.int32)
+        return np.concatenate([named, np.flatnonzero(unwanted[self._category_of])]).astype(np.int32)
 
 
 def _looked_up(names: Sequence[str], index: Mapping[str, int], field: str, what: str) -> Int32[ndarray, "names"]:

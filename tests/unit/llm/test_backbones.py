@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ctd_scale.config import ConfigError, LLMConfig
 from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_causal_lm
-from ctd_scale.llm.collator import Collator, Row
+from ctd_scale.llm.collator import Collator, LLMBatch, Row
 from ctd_scale.llm.model import PreferenceLM, build_preference_lm
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.train import new_model
@@ -100,27 +100,35 @@ def test_any_causal_lm_will_do_and_may_be_cut(tmp_path: Path, collator: Collator
         assert F.cross_entropy(words, batch.answer_ids, reduction="sum").item() == pytest.approx(text.item(), rel=1e-4)
 
 
+def learned_from(folder: Path, config: LLMConfig, batch: LLMBatch) -> dict[str, torch.Tensor]:
+    """Both losses of a fresh model in training, and their gradients."""
+    embeddings = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+    model = new_model(config, folder, embeddings, seed=0).train()
+    assert model.lm.is_activation_checkpointing == config.gradient_checkpointing
+    preference, text = model(batch)
+    (preference + text).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"preference loss": preference.detach(), "text loss": text.detach(), **gradients}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        spread = 0.0 if name.endswith("loss") else 1e-4 * float(other[name].abs().max() + 1)
+        assert torch.allclose(value, other[name], rtol=1e-5, atol=spread), name
+
+
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Gemma3Text", "SmolLM3"])
 def test_reading_the_head_once_gives_the_gradients_of_reading_it_in_every_row(
     tmp_path: Path, collator: Collator, architecture: str
 ) -> None:
     save_tiny(tmp_path, architecture)
-    config = LLMConfig(num_hidden_layers=3, preference_dim=8, gradient_checkpointing=True)
-    embeddings = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
     batch = collator([prefix_row(HISTORY, answer=3), prefix_row(HISTORY[:2]), prefix_row([7])])
-    found = []
-    for checkpointing in (False, True):
-        settings = config.model_copy(update={"gradient_checkpointing": checkpointing})
-        model = new_model(settings, tmp_path, embeddings, seed=0).train()
-        assert model.lm.is_activation_checkpointing == checkpointing
-        preference, text = model(batch)
-        (preference + text).backward()
-        found.append((preference, text, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
-    (preference, text, gradients), (other_preference, other_text, others) = found
-    assert preference.item() == pytest.approx(other_preference.item(), rel=1e-5)
-    assert text.item() == pytest.approx(other_text.item(), rel=1e-5)
-    for name, gradient in gradients.items():
-        assert torch.allclose(gradient, others[name], atol=1e-4 * float(others[name].abs().max() + 1)), name
+    once, in_every_row = (
+        learned_from(tmp_path, LLMConfig(num_hidden_layers=3, preference_dim=8, gradient_checkpointing=forget), batch)
+        for forget in (False, True)
+    )
+    assert_same(once, in_every_row)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -131,19 +139,9 @@ def test_packed_rows_give_the_losses_and_gradients_of_rows_alone(
     """Also where a sliding window (Gemma: 16 tokens) is shorter than head and row together."""
     save_tiny(tmp_path, architecture)
     config = LLMConfig(num_hidden_layers=4, preference_dim=8, gradient_checkpointing=checkpointing)
-    embeddings = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
     rows = [prefix_row(HISTORY, answer=3), prefix_row(HISTORY[:2]), prefix_row([7], answer=1), prefix_row([1, 2, 3])]
-    found = []
-    for batch in (collator(rows), collator.packed([[rows[0]], rows[1:]])):
-        model = new_model(config, tmp_path, embeddings, seed=0).train()
-        preference, text = model(batch)
-        (preference + text).backward()
-        found.append((preference, text, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
-    (preference, text, gradients), (packed_preference, packed_text, others) = found
-    assert preference.item() == pytest.approx(packed_preference.item(), rel=1e-5)
-    assert text.item() == pytest.approx(packed_text.item(), rel=1e-5)
-    for name, gradient in gradients.items():
-        assert torch.allclose(gradient, others[name], atol=1e-4 * float(others[name].abs().max() + 1)), name
+    packed = collator.packed([[rows[0]], rows[1:]])
+    assert_same(learned_from(tmp_path, config, packed), learned_from(tmp_path, config, collator(rows)))
 
 
 def test_a_backbone_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,173 @@
+"""How `ctd serve` begins, changes what it serves, is watched, and ends. One server for the module."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from serving_process import CTD, RECOMMEND, START_S, Server, started
+from tiny_run import make_tiny_run
+
+from ctd_scale.artifacts import Run
+from ctd_scale.recommender import Recommender
+from ctd_scale.serving.load import ramp
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_tiny_run(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="module")
+def link(run: Run) -> Path:
+    """What the server is told to serve: a link to the run."""
+    made = run.root.parent / "current"
+    made.symlink_to(run.root)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(link: Path) -> Iterator[Server]:
+    with started(link) as server:
+        yield server
+
+
+def test_a_taken_port_is_refused(run: Run) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [*CTD, "serve", "--run", str(run.root), "--port", str(port)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+    assert ended.returncode == 2
+    assert f"error: cannot listen on 127.0.0.1 port {port}: Address already in use" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_damaged_run_is_refused(run: Run, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run.root, damaged)
+    with (damaged / "models/diffusion/denoiser.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    ended = subprocess.run(
+        [*CTD, "serve", "--run", str(damaged)], capture_output=True, text=True, timeout=START_S, check=False
+    )
+    assert ended.returncode == 2
+    assert "models/diffusion" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_every_request_is_a_line_of_the_log(server: Server, run: Run) -> None:
+    headers = {"X-Request-ID": "seen-in-the-log"}
+    server.client.post(RECOMMEND, json={"user_id": "u9999"}, headers=headers)
+    lines = [
+        json.loads(line)
+        for file in (run.root / "logs" / "serving").glob("*-requests.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    (mine,) = [line for line in lines if line["request_id"] == "seen-in-the-log"]
+    assert (mine["route"], mine["status"], mine["stages"]) == (RECOMMEND, 404, {})
+
+
+def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
+    server: Server, run: Run, link: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = make_tiny_run(tmp_path_factory.mktemp("other"), seed=1)
+    wanted: dict[str, list[list[str]]] = {}
+    for each in (Recommender(run), Recommender(other)):
+        histories = [each.log.full_history(user) for user in range(20)]
+        found = each.recommend(histories, 10)
+        wanted[each.version] = [[each.catalogue.item_ids[item] for item in answer.items] for answer in found]
+    before, after = wanted
+    assert wanted[before] != wanted[after]
+
+    def lead_to(target: Path) -> None:
+        aside = link.with_name("aside")
+        aside.symlink_to(target)
+        aside.replace(link)
+        server.process.send_signal(signal.SIGHUP)
+
+    def said() -> str:
+        assert server.process.stdout is not None
+        return server.process.stdout.readline()
+
+    done, answers = threading.Event(), list[tuple[int, int, dict[str, Any]]]()
+
+    def ask(first: int) -> None:
+        with httpx.Client(base_url=server.client.base_url, timeout=60) as client:
+            for user in itertools.cycle(range(first, 20, 2)):
+                response = client.post(RECOMMEND, json={"user_id": f"u{user}"})
+                answers.append((user, response.status_code, response.json()))
+                if done.is_set():
+                    return
+
+    with ThreadPoolExecutor(2) as threads:
+        asking = [threads.submit(ask, first) for first in range(2)]
+        lead_to(other.root)
+        assert said() == f"now serving version {after}\n"
+        time.sleep(1)
+        lead_to(run.root)
+        assert said() == f"now serving version {before}\n"
+        time.sleep(1)
+        done.set()
+        for each in asking:
+            each.result()
+    assert {status for _, status, _ in answers} == {200}
+    for user, _, answer in answers:
+        assert [item["item_id"] for item in answer["items"]] == wanted[answer["version"]][user], "no answer is of both"
+    versions = [answer["version"] for _, _, answer in answers]
+    assert (versions[0], versions[-1]) == (before, before)
+    assert after in versions
+    assert f'ctd_version_info{{version="{before}"}} 1.0' in server.client.get("/metrics").text
+
+    lead_to(run.root.parent / "nowhere")
+    assert said().startswith("not swapped: no run at current")
+    assert server.post(user_id="u1").json()["version"] == before
+    lead_to(run.root)
+    assert said() == f"now serving version {before}\n"
+
+
+def test_a_ramp_counts_every_answer_and_times_it(server: Server) -> None:
+    bodies = [{"user_id": f"u{user}", "k": 3} for user in range(5)] + [{"user_id": "u5", "k": 50}]
+    levels, timeline = asyncio.run(ramp(str(server.client.base_url), bodies, (1, 3), 1.0, lambda: {"App": 1}))
+    assert [level.clients for level in levels] == [1, 3]
+    for level in levels:
+        assert level.statuses == {"200": level.requests}
+        assert level.requests > 3 * level.clients
+        assert 0 < level.p50_ms <= level.p95_ms <= level.p99_ms
+        # Clients that wait for their answers: their number is rate times time (Little's law).
+        assert level.per_second * level.p50_ms / 1e3 == pytest.approx(level.clients, rel=0.6)
+        assert level.replicas == {"App": 1}
+    assert timeline[0]["App"] == 1
+    with pytest.raises(httpx.HTTPStatusError, match="404"):
+        asyncio.run(ramp(str(server.client.base_url), [{"user_id": "u9999"}], (1,), 1.0, dict))
+
+
+def test_sigterm_ends_it_cleanly(server: Server) -> None:
+    """The last test: what follows finds no server."""
+    replica = server.replica("App")
+    server.process.send_signal(signal.SIGTERM)
+    output, _ = server.process.communicate(timeout=60)
+    assert (server.process.returncode, output) == (0, "")
+    with pytest.raises(httpx.TransportError):
+        server.client.get("/healthz")
+    psutil.wait_procs([replica], timeout=30)
+    assert not replica.is_running()
