@@ -228,14 +228,16 @@ class Preferences:
 class Ranking:
     """How candidates are scored, in units of a cosine; weights chosen on the validation split.
 
-    score = preference * cos(c, q) + draws * g - error * (d - mean d), then the text factor (1 + pi * match), with
-    g = tau * (log-sum-exp over draws of cos(y, q) / tau - log S) and d the denoiser's error.
+    score = preference * cos(c, q) + graph * u . e / M + draws * g - error * (d - mean d), then the text factor
+    (1 + pi * match), with u what the graph says of the history and M the largest |e|,
+    g = tau * (log-sum-exp over draws of cos(y, q) / tau - log S), and d the denoiser's error.
     """
 
     preference: float
     draws: float
     error: float
     pi: float = 0.0
+    graph: float = 0.0
 
 
 def save_rankings(rankings: dict[str, Ranking], folder: Path) -> None:

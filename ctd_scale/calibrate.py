@@ -54,9 +54,9 @@ def scored_pools(
     for start in range(0, len(preferences), chunk):
         rows = slice(start, start + chunk)
         users, vectors, texts = preferences.users[rows], preferences.vectors[rows], preferences.texts[rows]
-        excluded = excluded_items([log.history(int(user), split) for user in users], mask_seen)
+        histories = [log.history(int(user), split) for user in users]
         draws = density.draws(vectors)
-        pool = retrieve.pool(vectors, draws, texts, excluded)
+        pool = retrieve.pool(vectors, texts, excluded_items(histories, mask_seen), draws=draws, histories=histories)
         errors = density.errors(vectors, pool.vectors)
         yield ScoredPool(pool, errors, draws, users, preferences.targets[rows], texts)
 
@@ -87,7 +87,8 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
         save_rankings(rankings, folder)
     full = rankings["full_text"]
     training.console.print(
-        f"  ranking: preference + {full.draws:g} x draws - {full.error:g} x error, text factor {full.pi:g}",
+        f"  ranking: preference + {full.graph:.3g} x graph + {full.draws:g} x draws - {full.error:g} x error, "
+        f"text factor {full.pi:g}",
         highlight=False,
     )
 
@@ -96,27 +97,36 @@ def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[st
     """Every named ranking and its validation NDCG@10. Within a kind the best weight wins, of equals the smallest.
 
     `full`, which is served, is the cheapest kind within one standard error of the best: the preference alone, then
-    with draws, with the denoiser's error of every candidate, with both. `full_text` adds a text factor by that rule.
+    with what the graph says of the history, with draws, with the denoiser's error of every candidate, with both of
+    these, with all. `full_text` adds a text factor by that rule. Of all three the graph's weight is chosen first, then
+    the other two beside it, then the graph's again: a grid of all would find more of what is chance.
     """
     evaluation = config.evaluation
     draws = [0.0, *(weight for weight in evaluation.draws_weights if weight)]
     errors = [0.0, *(weight for weight in evaluation.error_weights if weight)]
+    unit = graph_unit(pools)
+    graphs = [0.0, *(weight * unit for weight in evaluation.graph_weights if weight)]
 
     def best(candidates: Iterable[Ranking]) -> Ranking:
         return max(candidates, key=lambda ranking: pool_ndcg(pools, ranking))
 
-    def fused(draws: Sequence[float], errors: Sequence[float]) -> Ranking:
-        return best(Ranking(1.0, d, e) for d, e in product(draws, errors))
+    def fused(draws: Sequence[float], errors: Sequence[float], graphs: Sequence[float]) -> Ranking:
+        return best(Ranking(1.0, d, e, graph=g) for d, e, g in product(draws, errors, graphs))
 
+    fused_graph = fused([0.0], [0.0], graphs)
+    beside = fused(draws, errors, [fused_graph.graph])
     kinds = {
         "preference": Ranking(1.0, 0.0, 0.0),
-        "fused_draws": fused(draws, [0.0]),
-        "fused_error": fused([0.0], errors),
-        "fused_both": fused(draws, errors),
+        "fused_graph": fused_graph,
+        "fused_draws": fused(draws, [0.0], [0.0]),
+        "fused_error": fused([0.0], errors, [0.0]),
+        "fused_both": fused(draws, errors, [0.0]),
+        "fused_all": fused([beside.draws], [beside.error], graphs),
     }
     full = cheapest_as_good(pools, list(kinds.values()))
     spoken = best(replace(full, pi=pi) for pi in evaluation.text_factors)
     rankings = {
+        "graph": Ranking(0.0, 0.0, 0.0, graph=1.0),
         "draws": Ranking(0.0, 1.0, 0.0),
         "error": Ranking(0.0, 0.0, 1.0),
         **kinds,
@@ -124,6 +134,16 @@ def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[st
         "full_text": cheapest_as_good(pools, [full, spoken]),
     }
     return rankings, {name: round(pool_ndcg(pools, ranking), 6) for name, ranking in rankings.items()}
+
+
+def graph_unit(pools: list[ScoredPool]) -> float:
+    """By what the graph's scores are multiplied to vary as the preference's do, over all candidates."""
+    real = [each.pool.ids >= 0 for each in pools]
+    spreads = [
+        float(np.concatenate([getattr(each.pool, name)[some] for each, some in zip(pools, real, strict=True)]).std())
+        for name in ("cosines", "graph_scores")
+    ]
+    return spreads[0] / spreads[1] if spreads[1] else 1.0
 
 
 def cheapest_as_good(pools: list[ScoredPool], rankings: Sequence[Ranking]) -> Ranking:

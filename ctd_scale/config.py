@@ -226,6 +226,9 @@ class EvaluationConfig(Section):
     draws_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
         0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0,
     )  # fmt: skip
+    graph_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = Field(
+        (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0), description="1: varies as much as the preference's score"
+    )
     error_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
         0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0,
     )  # fmt: skip

@@ -18,20 +18,23 @@ from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.baselines.discrete import DISCRETE
 from ctd_scale.baselines.llm import VARIANTS, train_variant
 from ctd_scale.baselines.train import MAKERS, train_baseline
-from ctd_scale.batches import InteractionLog, Preferences
+from ctd_scale.batches import InteractionLog, NodeArrays, Preferences
 from ctd_scale.calibrate import calibrate_ranking
 from ctd_scale.config import ConfigError, RunConfig, section_hash
 from ctd_scale.diffusion.train import train_diffusion
 from ctd_scale.evaluate import evaluate
+from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.train import train_graph
 from ctd_scale.interactions.prepare import input_digests, prepare_interactions
 from ctd_scale.llm.backbone import backbone_folder, hidden_size
 from ctd_scale.llm.export import export_preferences
 from ctd_scale.llm.train import train_llm
 from ctd_scale.llm.weights import load_vectors
-from ctd_scale.retrieval.build import build_index
+from ctd_scale.retrieval.build import build_graph_index, build_index
 from ctd_scale.tokenizer.train import train_tokenizer
 from ctd_scale.training import console, discard_checkpoints
+
+CALIBRATION_USERS = 5000  # whose histories may calibrate the index of the graph
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,18 @@ def _diffusion(run: Run, config: RunConfig, config_hash: str) -> None:
 
 def _index(run: Run, config: RunConfig, config_hash: str) -> None:
     interactions, llm = run.fetch("interactions"), run.fetch("models/llm")
-    preferences = run.fetch("preferences")
-    catalogue = InteractionLog.load(interactions.path).catalogue
-    queries = Preferences.load(preferences.path, "validation").vectors
+    preferences, graph, embeddings = (run.fetch(name) for name in ("preferences", "graph", "embeddings"))
+    log = InteractionLog.load(interactions.path)
+    asked = Preferences.load(preferences.path, "validation")
+    histories = [log.history(user, "validation") for user in asked.users[:CALIBRATION_USERS].tolist()]
+    degrees = BipartiteGraph.load(graph.path).degrees[log.num_users :]
+    items = NodeArrays.load(embeddings.path).items
+    settings, seed = config.retrieval, config.seed
     facts: dict[str, Any] = {}
-    inputs = {artifact.name: artifact.digest for artifact in (interactions, llm, preferences)}
+    inputs = {artifact.name: artifact.digest for artifact in (interactions, llm, preferences, graph, embeddings)}
     with run.publish("index", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
-        facts.update(build_index(load_vectors(llm.path), catalogue, config.retrieval, folder, config.seed, queries))
+        facts |= build_index(load_vectors(llm.path), log.catalogue, settings, folder, seed, asked.vectors)
+        facts |= build_graph_index(items, degrees, settings, folder, seed, histories)
 
 
 STAGES = (
@@ -90,7 +98,13 @@ STAGES = (
         ("models/diffusion",),
         "diffusion",
     ),
-    Stage("build_index", _index, ("retrieval",), ("interactions", "models/llm", "preferences"), ("index",)),
+    Stage(
+        "build_index",
+        _index,
+        ("retrieval",),
+        ("interactions", "graph", "embeddings", "models/llm", "preferences"),
+        ("index",),
+    ),
     Stage(
         "calibrate_ranking",
         calibrate_ranking,

@@ -30,7 +30,10 @@ from ctd_scale.pipeline import Stage, run_pipeline, run_with_inputs
 from ctd_scale.ranking import beyond_accuracy, load_ranks, ndcg_gains, save_ranks
 
 # Of the chain; `full_text` only where texts are generated.
-CHAIN = ("single_draw", "draws", "error", "preference", "fused_draws", "fused_error", "fused_both", "full", "full_text")
+CHAIN = (
+    *("single_draw", "draws", "error", "graph", "preference"),
+    *("fused_graph", "fused_draws", "fused_error", "fused_both", "fused_all", "full", "full_text"),
+)
 RESAMPLES = 2000
 ID_USERS = 500  # whose histories tell how many beams are items without the trie
 RANKS, ROWS = "ranks-{split}.parquet", "rows.json"

@@ -23,7 +23,8 @@ from ctd_scale.config import RunConfig
 from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.metrics import top_k
-from ctd_scale.retrieval.build import load_index
+from ctd_scale.retrieval.build import load_graph_index, load_index
+from ctd_scale.retrieval.collaborative import CollaborativeRetriever
 from ctd_scale.retrieval.hybrid import HybridRetriever
 
 # What the chain needs, checked against each other when it is loaded.
@@ -36,6 +37,7 @@ class Pool:
 
     ids: Int32[ndarray, "batch pool"]
     cosines: Float32[ndarray, "batch pool"]
+    graph_scores: Float32[ndarray, "batch pool"]
     draw_scores: Float32[ndarray, "batch pool"]
     vectors: Float32[ndarray, "batch pool cond_dim"]
     matches: list[Int32[ndarray, "_"]]
@@ -53,10 +55,10 @@ class Recommendation:
 
 
 class RetrieveStep:
-    """Candidates around the preference and the draws, and their final order."""
+    """Candidates around the preference, the draws and what the graph says, and their final order."""
 
-    def __init__(self, retriever: HybridRetriever, config: RunConfig) -> None:
-        self.retriever = retriever
+    def __init__(self, retriever: HybridRetriever, graph: CollaborativeRetriever, config: RunConfig) -> None:
+        self.retriever, self.graph = retriever, graph
         self._tau = config.diffusion.draw_temperature
         self._candidates = config.diffusion.error_candidates
         self._text_candidates = config.retrieval.text_candidates
@@ -64,22 +66,31 @@ class RetrieveStep:
     def pool(
         self,
         preferences: Float32[ndarray, "batch cond_dim"],
-        draws: Float32[ndarray, "batch draws cond_dim"],
         texts: list[str],
         excluded: list[Int32[ndarray, "_"]],
+        *,
+        draws: Float32[ndarray, "batch draws cond_dim"] | None,
+        histories: Sequence[Int32[ndarray, "_"]] | None,
     ) -> Pool:
-        """Union of the neighbours of the preference, of every draw, and of the text's matches."""
+        """Union of the neighbours of the preference, of every draw, of each history in the graph, and of the text's
+        matches. Without draws or histories their neighbours are left out, and their scores are 0."""
         matches = self.retriever.matches(texts, self._text_candidates)
         nothing: list[ndarray] = [np.zeros(0, np.int32)] * len(texts)
-        near = self.retriever.pool(preferences[:, None], matches, excluded, self._candidates)
-        per_draw = max(1, self._candidates // draws.shape[1])
-        drawn = self.retriever.pool(draws, nothing, excluded, per_draw)
-        ids = _union(near, drawn)
-        cosines = self.retriever.cosines(preferences[:, None], ids)[:, 0]
+        ids = self.retriever.pool(preferences[:, None], matches, excluded, self._candidates)
+        if draws is not None:
+            per_draw = max(1, self._candidates // draws.shape[1])
+            ids = _union(ids, self.retriever.pool(draws, nothing, excluded, per_draw))
+        if histories is not None:
+            queries = self.graph.queries(histories)[:, None]
+            ids = _union(ids, self.graph.retriever.pool(queries, nothing, excluded, self._candidates))
+        unweighed = np.where(ids >= 0, np.float32(0), np.float32(-np.inf))
         return Pool(
             ids=ids,
-            cosines=cosines,
-            draw_scores=density_of_draws(self.retriever.cosines(draws, ids), self._tau),
+            cosines=self.retriever.cosines(preferences[:, None], ids)[:, 0],
+            graph_scores=unweighed if histories is None else self.graph.retriever.cosines(queries, ids)[:, 0],
+            draw_scores=(
+                unweighed if draws is None else density_of_draws(self.retriever.cosines(draws, ids), self._tau)
+            ),
             vectors=self.retriever.vectors[np.maximum(ids, 0)],
             matches=matches,
             excluded=excluded,
@@ -142,6 +153,8 @@ def fused_scores(
     scores = np.zeros(pool.ids.shape, np.float32)
     if ranking.preference:
         scores += np.float32(ranking.preference) * np.where(real, pool.cosines, 0)
+    if ranking.graph:
+        scores += np.float32(ranking.graph) * np.where(real, pool.graph_scores, 0)
     if ranking.draws:
         scores += np.float32(ranking.draws) * np.where(real, pool.draw_scores, 0)
     if ranking.error:
@@ -161,22 +174,27 @@ class RankStep:
     def __call__(
         self,
         preferences: Float32[ndarray, "batch cond_dim"],
+        histories: Sequence[Int32[ndarray, "_"]],
         texts: list[str],
         excluded: list[Int32[ndarray, "_"]],
         k: int,
         seconds: dict[str, float] | None = None,
     ) -> list[Recommendation]:
-        """The k best items for each preference and text; `seconds` is told how long each part took."""
-        seconds, errors = {} if seconds is None else seconds, None
-        with timed("draws", seconds):
-            draws = self.density.draws(preferences)
+        """The k best items for each preference, history and text; `seconds` is told how long each part took. What the
+        ranking does not weigh is not made."""
+        seconds, ranking = {} if seconds is None else seconds, self.ranking
+        draws, errors = None, None
+        if ranking.draws or ranking.error:
+            with timed("draws", seconds):
+                draws = self.density.draws(preferences)
         with timed("retrieve", seconds):
-            pool = self.retrieve.pool(preferences, draws, texts, excluded)
-        if self.ranking.error:
+            read = histories if ranking.graph else None
+            pool = self.retrieve.pool(preferences, texts, excluded, draws=draws, histories=read)
+        if ranking.error:
             with timed("error", seconds):
                 errors = self.density.errors(preferences, pool.vectors)
         with timed("rank", seconds):
-            ids, scores = self.retrieve.rank(pool, errors, self.ranking, k)
+            ids, scores = self.retrieve.rank(pool, errors, ranking, k)
         return answers(ids, scores, texts)
 
 
@@ -220,7 +238,7 @@ class Recommender:
             return []
         preferences = self.preference(histories)
         texts = self.preference.texts(histories) if explain else [""] * len(histories)
-        return self.rank(preferences, texts, excluded_items(histories, exclude_seen, excluded), k)
+        return self.rank(preferences, histories, texts, excluded_items(histories, exclude_seen, excluded), k)
 
 
 class BaselineRecommender:
@@ -311,7 +329,8 @@ def load_rank(artifacts: dict[str, Artifact], config: RunConfig) -> RankStep:
 
 def load_retrieve(artifacts: dict[str, Artifact], config: RunConfig) -> RetrieveStep:
     items = int(artifacts["index"].manifest["facts"]["items"])
-    return RetrieveStep(load_index(artifacts["index"].path, items, pi=0.0), config)
+    folder = artifacts["index"].path
+    return RetrieveStep(load_index(folder, items, pi=0.0), load_graph_index(folder), config)
 
 
 def _union(left: Int32[ndarray, "batch left"], right: Int32[ndarray, "batch right"]) -> Int32[ndarray, "batch union"]:

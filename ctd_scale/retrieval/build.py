@@ -1,20 +1,29 @@
-"""Write and read the `index` artifact: vectors.npy (unit length), text/, and scann/ for large catalogues."""
+"""Write and read the `index` artifact.
+
+`vectors.npy` (unit length) and `text/`; `graph/` with `sources.npy` and the lifted `vectors.npy`; and beside either
+vectors `scann/` for large catalogues.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32, Integer
 from numpy import ndarray
 
 from ctd_scale.batches import Catalogue
 from ctd_scale.config import RetrievalConfig
+from ctd_scale.retrieval.collaborative import CollaborativeRetriever, graph_sources, lift, read_histories
 from ctd_scale.retrieval.dense import MIN_SCANN_ITEMS, DenseIndex, ExactIndex, ScannIndex, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
 from ctd_scale.retrieval.text import TextIndex
+
+VECTORS, SOURCES = "vectors.npy", "sources.npy"
+TEXT, SCANN, GRAPH = "text", "scann", "graph"
 
 
 def build_index(
@@ -36,14 +45,8 @@ def build_index(
         )
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    vectors = unit_vectors(vectors)
-    np.save(folder / "vectors.npy", vectors)
-    TextIndex.build(catalogue).save(folder / "text")
-    engine, recall = "exact", 1.0
-    if len(vectors) > max(config.exact_limit, MIN_SCANN_ITEMS):
-        index = ScannIndex.build(vectors, config.target_recall, seed, queries)
-        index.save(folder / "scann")
-        engine, recall = "scann", index.recall
+    TextIndex.build(catalogue).save(folder / TEXT)
+    engine, recall = _build_dense(vectors, config, folder, seed, queries)
     return {
         "engine": engine,
         "recall": recall,
@@ -53,14 +56,67 @@ def build_index(
     }
 
 
+def build_graph_index(
+    embeddings: Float32[ndarray, "items embed_dim"],
+    degrees: Integer[ndarray, "items"],
+    config: RetrievalConfig,
+    folder: Path,
+    seed: int,
+    histories: Sequence[Int32[ndarray, "_"]],
+) -> dict[str, Any]:
+    """Build what `load_graph_index` reads into the same `folder`; ScaNN is calibrated on `histories`.
+
+    Returns facts of the manifest: graph_engine, graph_recall, graph_seconds.
+    """
+    start = time.perf_counter()
+    (folder / GRAPH).mkdir(parents=True, exist_ok=True)
+    sources = graph_sources(np.asarray(embeddings), degrees)
+    np.save(folder / GRAPH / SOURCES, sources)
+    queries = read_histories(sources, histories) if len(histories) else None
+    engine, recall = _build_dense(lift(np.asarray(embeddings)), config, folder / GRAPH, seed, queries)
+    return {
+        "graph_engine": engine,
+        "graph_recall": recall,
+        "graph_seconds": round(time.perf_counter() - start, 3),
+    }
+
+
 def load_index(folder: Path, catalogue_size: int, pi: float) -> HybridRetriever:
     """The retriever over what `build_index` wrote; vectors and postings are memory-mapped.
 
     Raises ValueError: the index has another number of items than the catalogue.
     """
-    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+    vectors, dense = _load_dense(folder)
     if len(vectors) != catalogue_size:
         raise ValueError(f"{folder} has {len(vectors)} items but the catalogue has {catalogue_size}; rerun build_index")
-    scann = folder / "scann"
-    dense: DenseIndex = ScannIndex.load(scann) if scann.is_dir() else ExactIndex(vectors)
-    return HybridRetriever(vectors, dense, TextIndex.load(folder / "text"), pi)
+    return HybridRetriever(vectors, dense, TextIndex.load(folder / TEXT), pi)
+
+
+def load_graph_index(folder: Path) -> CollaborativeRetriever:
+    """What `build_graph_index` wrote, memory-mapped. Raises ValueError where it did not."""
+    if not (folder / GRAPH / SOURCES).is_file():
+        raise ValueError(f"{folder} holds no {GRAPH}/: it was built by an older version; rerun build_index")
+    sources = np.load(folder / GRAPH / SOURCES, mmap_mode="r")
+    return CollaborativeRetriever(sources, HybridRetriever(*_load_dense(folder / GRAPH), text=None, pi=0.0))
+
+
+def _build_dense(
+    vectors: Float32[ndarray, "items dim"],
+    config: RetrievalConfig,
+    folder: Path,
+    seed: int,
+    queries: Float32[ndarray, "queries dim"] | None,
+) -> tuple[str, float]:
+    """Unit vectors, and ScaNN over them where there are many; which engine that is, and its recall@10."""
+    vectors = unit_vectors(vectors)
+    np.save(folder / VECTORS, vectors)
+    if len(vectors) <= max(config.exact_limit, MIN_SCANN_ITEMS):
+        return "exact", 1.0
+    index = ScannIndex.build(vectors, config.target_recall, seed, queries)
+    index.save(folder / SCANN)
+    return "scann", index.recall
+
+
+def _load_dense(folder: Path) -> tuple[ndarray, DenseIndex]:
+    vectors = np.load(folder / VECTORS, mmap_mode="r")
+    return vectors, ScannIndex.load(folder / SCANN) if (folder / SCANN).is_dir() else ExactIndex(vectors)

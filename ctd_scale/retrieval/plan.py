@@ -11,27 +11,23 @@ import numpy as np
 from ctd_scale.batches import Catalogue
 from ctd_scale.config import RetrievalConfig
 from ctd_scale.estimates import Estimate
-from ctd_scale.retrieval.build import build_index
+from ctd_scale.retrieval.build import build_graph_index, build_index
 
 SAMPLED_ITEMS = 20_000
 
 
-def plan_index(items: int, cond_dim: int, config: RetrievalConfig, seed: int) -> Estimate:
+def plan_index(items: int, cond_dim: int, embed_dim: int, config: RetrievalConfig, seed: int) -> Estimate:
     """Random vectors and titles; ScaNN where the whole catalogue will have it."""
     sampled = min(items, SAMPLED_ITEMS)
     random = np.random.default_rng(seed)
     words = [f"{first}ing {second}" for first, second in random.integers(0, 2000, (sampled, 2))]
-    vectors = random.standard_normal((sampled, cond_dim)).astype(np.float32)
+    vectors, embeddings = (random.standard_normal((sampled, dim), np.float32) for dim in (cond_dim, embed_dim))
     limit = config.exact_limit if items <= config.exact_limit else 1
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        facts = build_index(
-            vectors,
-            Catalogue(words, words, words),
-            config.model_copy(update={"exact_limit": limit}),
-            Path(folder),
-            seed,
-        )
+        trial = config.model_copy(update={"exact_limit": limit})
+        facts = build_index(vectors, Catalogue(words, words, words), trial, Path(folder), seed)
+        build_graph_index(embeddings, np.ones(sampled, np.int64), trial, Path(folder), seed, [])
         elapsed = time.perf_counter() - started
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     share = items / sampled

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ class Order:
 
     release: Release
     preference: Float32[ndarray, "cond_dim"]
+    history: Int32[ndarray, "_"]
     text: str
     excluded: Int32[ndarray, "_"]
     k: int
@@ -171,8 +173,9 @@ class App(Step):
     async def ready(self) -> None:
         """Once through all steps, whatever they answer; at once where that has been done."""
         if not self._warm:
-            preference = await self._preference_after(self._release, np.zeros(1, np.int32), {})
-            await self._ranked(Order(self._release, preference, "", np.zeros(0, np.int32), 1))
+            history = np.zeros(1, np.int32)
+            preference = await self._preference_after(self._release, history, {})
+            await self._ranked(Order(self._release, preference, history, "", history[:0], 1))
             self._warm = True
 
     async def recommend(self, request: RecommendRequest) -> Answered:
@@ -188,7 +191,7 @@ class App(Step):
             if request.explain:
                 with timed("text", seconds):
                     text = await _result(self._preference.text.remote((release.version, history)))
-            recommendation, behind = await self._ranked(Order(release, preference, text, excluded, request.k))
+            recommendation, behind = await self._ranked(Order(release, preference, history, text, excluded, request.k))
         finally:
             self._in_progress -= 1
         return Answered(response_object(release.version, recommendation, release.catalogue), seconds | behind)
@@ -206,6 +209,7 @@ class App(Step):
             chosen, seconds = [orders[place] for place in places], dict[str, float]()
             answers = chosen[0].release.rank(
                 np.stack([order.preference for order in chosen]),
+                [order.history for order in chosen],
                 [order.text for order in chosen],
                 [order.excluded for order in chosen],
                 max(order.k for order in chosen),
@@ -221,7 +225,8 @@ class App(Step):
         history, excluded = _resolved(release.directory, request)
         preference = await self._preference_after(release, history, {})
         draws = await self._compute(release.rank.density.draws, preference[None])
-        pool = await self._compute(release.rank.retrieve.pool, preference[None], draws, [""], [excluded])
+        near = partial(release.rank.retrieve.pool, draws=draws, histories=None)
+        pool = await self._compute(near, preference[None], [""], [excluded])
         nearest = np.argsort(-pool.cosines[0], kind="stable")[: request.k]
         nearest = nearest[pool.ids[0, nearest] >= 0]
         units = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (preference[None], draws[0])]

@@ -94,7 +94,7 @@ def in_process(recommender: Recommender, users: Sequence[int], k: int) -> float:
     times = []
     for history, preference in zip(histories, preferences, strict=True):
         started = time.perf_counter()
-        recommender.rank(preference[None], [""], [np.unique(history)], k)
+        recommender.rank(preference[None], [history], [""], [np.unique(history)], k)
         times.append(time.perf_counter() - started)
     return float(np.median(times))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from ctd_scale.diffusion.train import WEIGHTS
 from ctd_scale.llm.model import build_preference_lm
 from ctd_scale.llm.prompts import INSTRUCTION, answer_text
 from ctd_scale.llm.weights import BACKBONE, export_model, load_vectors
-from ctd_scale.retrieval.build import build_index
+from ctd_scale.retrieval.build import build_graph_index, build_index
 
 USERS, ITEMS, WAYS, TOKEN_DIM, COND_DIM = 60, 40, 2, 32, 16
 LOST_USER = "nobody"  # in the log, without a single interaction
@@ -49,6 +50,11 @@ def make_tiny_run(folder: Path, seed: int = 0) -> Run:
         log.save(target)
     digests["interactions"] = run.fetch("interactions").digest
 
+    with publish("embeddings", "interactions", embed_dim=COND_DIM) as target:
+        make_embeddings().save(target)
+        items = NodeArrays.load(target).items
+    digests["embeddings"] = run.fetch("embeddings").digest
+
     with publish("tokens", "interactions", num_ways=WAYS, token_dim=TOKEN_DIM) as target:
         make_tokens(rng).save(target)
     digests["tokens"] = run.fetch("tokens").digest
@@ -63,13 +69,15 @@ def make_tiny_run(folder: Path, seed: int = 0) -> Run:
     digests["models/diffusion"] = run.fetch("models/diffusion").digest
 
     facts: dict[str, object] = {"items": ITEMS, "dim": COND_DIM, "engine": "exact"}
-    with publish("index", "interactions", "models/llm", **facts) as target:
+    with publish("index", "interactions", "embeddings", "models/llm", **facts) as target:
         build_index(vectors, log.catalogue, config.retrieval, target, config.seed)
+        degrees = np.bincount(log.train_edges()[1], minlength=ITEMS)
+        build_graph_index(items, degrees, config.retrieval, target, config.seed, [])
     digests["index"] = run.fetch("index").digest
 
     with publish("ranking", "interactions", "models/llm", "models/diffusion", "index") as target:
-        full = Ranking(preference=1.0, draws=0.5, error=0.25)
-        save_rankings({"full": full, "full_text": Ranking(1.0, 0.5, 0.25, pi=0.1)}, target)
+        full = Ranking(preference=1.0, draws=0.5, error=0.25, graph=0.5)
+        save_rankings({"full": full, "full_text": replace(full, pi=0.1)}, target)
     return run
 
 
@@ -128,6 +136,11 @@ def make_tokens(rng: np.random.Generator) -> NodeArrays:
         rng.standard_normal((USERS, WAYS, TOKEN_DIM)).astype(np.float32),
         rng.standard_normal((ITEMS, WAYS, TOKEN_DIM)).astype(np.float32),
     )
+
+
+def make_embeddings() -> NodeArrays:
+    rng = np.random.default_rng(5)
+    return NodeArrays(*(rng.standard_normal((nodes, COND_DIM)).astype(np.float32) for nodes in (USERS, ITEMS)))
 
 
 def write_llm(folder: Path, catalogue: Catalogue, config: RunConfig) -> None:

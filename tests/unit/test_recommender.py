@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ctd_scale.batches import Catalogue, Ranking
-from ctd_scale.calibrate import ScoredPool, cheapest_as_good, choose_rankings, pool_gains, pool_ndcg
+from ctd_scale.calibrate import ScoredPool, cheapest_as_good, choose_rankings, graph_unit, pool_gains, pool_ndcg
 from ctd_scale.config import RunConfig, load_config
 from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.recommender import (
@@ -25,6 +25,7 @@ from ctd_scale.recommender import (
     excluded_items,
     fused_scores,
 )
+from ctd_scale.retrieval.collaborative import CollaborativeRetriever, lift
 from ctd_scale.retrieval.dense import ExactIndex, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
 from ctd_scale.retrieval.text import TextIndex
@@ -34,7 +35,8 @@ RANKINGS = [
     Ranking(1.0, 0.0, 0.0),
     Ranking(0.0, 1.0, 0.0),
     Ranking(0.0, 0.0, 1.0),
-    Ranking(1.0, 0.5, 0.75, pi=0.2),
+    Ranking(0.0, 0.0, 0.0, graph=1.0),
+    Ranking(1.0, 0.5, 0.75, pi=0.2, graph=0.6),
 ]
 NAMES = [f"Word{item} Thing" for item in range(ITEMS)]
 
@@ -48,7 +50,25 @@ def step(seed: int = 0, candidates: int = 9, text: bool = True) -> RetrieveStep:
     vectors = unit(np.random.default_rng((seed, 1)), ITEMS, DIM)
     index = TextIndex.build(Catalogue([str(item) for item in range(ITEMS)], NAMES, [""] * ITEMS)) if text else None
     config = load_config(overrides=[f"diffusion.error_candidates={candidates}", "retrieval.text_candidates=5"])
-    return RetrieveStep(HybridRetriever(vectors, ExactIndex(vectors), index, pi=0.0), config)
+    return RetrieveStep(HybridRetriever(vectors, ExactIndex(vectors), index, pi=0.0), graph(seed), config)
+
+
+def graph(seed: int) -> CollaborativeRetriever:
+    embeddings = np.random.default_rng((seed, 4)).standard_normal((ITEMS, DIM - 1)).astype(np.float32)
+    lifted = lift(embeddings)
+    return CollaborativeRetriever(embeddings, HybridRetriever(lifted, ExactIndex(lifted), None, pi=0.0))
+
+
+def histories(seed: int) -> list[np.ndarray]:
+    random = np.random.default_rng((seed, 5))
+    return [random.integers(0, ITEMS, count).astype(np.int32) for count in (1, 2, 5, 30)]
+
+
+def pool_of(retrieve: RetrieveStep, seed: int, texts: list[str], rows: slice = slice(None)) -> Pool:
+    preferences, draws, excluded = users(seed)
+    return retrieve.pool(
+        preferences[rows], texts[rows], excluded[rows], draws=draws[rows], histories=histories(seed)[rows]
+    )
 
 
 def users(seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -110,9 +130,9 @@ def test_padding_has_no_density() -> None:
 
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_fused_scores_by_hand(ranking: Ranking) -> None:
-    preferences, draws, excluded = users(0)
-    pool = step().pool(preferences, draws, ["", "Word3 word7", "", "word20"], excluded)
-    errors = errors_of(pool, 0)
+    preferences, draws, _ = users(0)
+    pool = pool_of(step(), 0, ["", "Word3 word7", "", "word20"])
+    errors, reading = errors_of(pool, 0), step().graph.queries(histories(0))
     scores = fused_scores(pool, errors, ranking)
     assert (pool.ids < 0).any(), "the pools must differ in size"
     for user in range(USERS):
@@ -127,6 +147,7 @@ def test_fused_scores_by_hand(ranking: Ranking) -> None:
             density = 0.1 * math.log(sum(math.exp(cosine / 0.1) for cosine in cosines) / DRAWS)
             expected = (
                 ranking.preference * float(preferences[user] @ vector)
+                + ranking.graph * float(reading[user] @ step().graph.retriever.vectors[item])
                 + ranking.draws * density
                 - ranking.error * (float(errors[user, place]) - mean)
             )
@@ -134,8 +155,7 @@ def test_fused_scores_by_hand(ranking: Ranking) -> None:
 
 
 def test_a_ranking_by_error_needs_errors() -> None:
-    preferences, draws, excluded = users(0)
-    pool = step().pool(preferences, draws, [""] * USERS, excluded)
+    pool = pool_of(step(), 0, [""] * USERS)
     with pytest.raises(ValueError, match="no errors were given"):
         fused_scores(pool, None, Ranking(1.0, 0.0, 1.0))
     assert np.isfinite(fused_scores(pool, None, Ranking(1.0, 1.0, 0.0))[pool.ids >= 0]).all()
@@ -155,13 +175,16 @@ def test_excluded_items_and_answers() -> None:
 def test_a_pool_holds_the_neighbours_of_preference_and_draws_and_the_matches() -> None:
     retrieve = step(candidates=9)
     preferences, draws, excluded = users(1)
-    pool = retrieve.pool(preferences, draws, ["", "word3", "", "word20 word21"], excluded)
+    pool = pool_of(retrieve, 1, ["", "word3", "", "word20 word21"])
+    readings = retrieve.graph.queries(histories(1))
     vectors = retrieve.retriever.vectors
     for user in range(USERS):
         allowed = np.setdiff1d(np.arange(ITEMS), excluded[user])
         expected = set(allowed[np.argsort(-(vectors[allowed] @ preferences[user]))[:9]].tolist())
         for draw in draws[user]:
             expected |= set(allowed[np.argsort(-(vectors[allowed] @ draw))[: 9 // DRAWS]].tolist())
+        near = retrieve.graph.retriever.vectors[allowed] @ readings[user]
+        expected |= set(allowed[np.argsort(-near)[:9]].tolist())
         expected |= set(pool.matches[user].tolist()) - set(excluded[user].tolist())
         assert pool.ids[user][pool.ids[user] >= 0].tolist() == sorted(expected)
         real = pool.ids[user] >= 0
@@ -174,7 +197,7 @@ def test_a_user_who_may_see_nothing_gets_nothing() -> None:
     retrieve = step()
     preferences, draws, _ = users(2)
     everything = [np.arange(ITEMS, dtype=np.int32)] * USERS
-    pool = retrieve.pool(preferences, draws, [""] * USERS, everything)
+    pool = retrieve.pool(preferences, [""] * USERS, everything, draws=draws, histories=histories(2))
     for ranking in RANKINGS:
         ids, scores = retrieve.rank(pool, errors_of(pool, 2), ranking, 5)
         assert (ids == -1).all()
@@ -186,8 +209,7 @@ def test_a_user_who_may_see_nothing_gets_nothing() -> None:
 
 def ranked(seed: int, ranking: Ranking, k: int, texts: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     retrieve = step(seed)
-    preferences, draws, excluded = users(seed)
-    pool = retrieve.pool(preferences, draws, texts or ["", "word3", "", "word20"], excluded)
+    pool = pool_of(retrieve, seed, texts or ["", "word3", "", "word20"])
     return retrieve.rank(pool, errors_of(pool, seed), ranking, k)
 
 
@@ -216,8 +238,8 @@ def test_asked_for_all_every_allowed_item_comes_once_in_order(seed: int, ranking
 
 def test_the_list_begins_with_the_pool_in_the_order_of_its_fused_scores() -> None:
     retrieve, ranking = step(3), Ranking(1.0, 0.5, 0.75)
-    preferences, draws, excluded = users(3)
-    pool = retrieve.pool(preferences, draws, [""] * USERS, excluded)
+    preferences, _, _ = users(3)
+    pool = pool_of(retrieve, 3, [""] * USERS)
     errors = errors_of(pool, 3)
     scores = fused_scores(pool, errors, ranking)
     ids, best = retrieve.rank(pool, errors, ranking, ITEMS)
@@ -236,7 +258,7 @@ def test_the_list_begins_with_the_pool_in_the_order_of_its_fused_scores() -> Non
 @settings(max_examples=25)
 @given(st.integers(0, 99), st.sampled_from(RANKINGS), st.floats(0, 3), st.integers(0, ITEMS - 1))
 def test_a_match_never_lowers_an_item(seed: int, ranking: Ranking, pi: float, item: int) -> None:
-    ranking = Ranking(ranking.preference, ranking.draws, ranking.error, pi)
+    ranking = replace(ranking, pi=pi)
     before, _ = ranked(seed, ranking, ITEMS, [""] * USERS)
     after, _ = ranked(seed, ranking, ITEMS, [f"word{item}"] * USERS)
     for old, new in zip(before.tolist(), after.tolist(), strict=True):
@@ -256,12 +278,11 @@ def test_a_match_does_raise() -> None:
 
 def test_a_batch_is_its_singles() -> None:
     retrieve, ranking = step(7), RANKINGS[-1]
-    preferences, draws, excluded = users(7)
     texts = ["", "word3", "", "word20"]
     table = np.random.default_rng(0).random((USERS, ITEMS)).astype(np.float32)
 
     def answer(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        pool = retrieve.pool(preferences[rows], draws[rows], texts[rows], excluded[rows])
+        pool = pool_of(retrieve, 7, texts, rows)
         errors = np.take_along_axis(table[rows], np.maximum(pool.ids, 0), axis=1)
         return retrieve.rank(pool, errors, ranking, 30)
 
@@ -277,8 +298,8 @@ def test_a_batch_is_its_singles() -> None:
 
 def scored(seed: int, texts: list[str], targets: list[int]) -> ScoredPool:
     retrieve = step(seed)
-    preferences, draws, excluded = users(seed)
-    pool = retrieve.pool(preferences, draws, texts, excluded)
+    _, draws, _ = users(seed)
+    pool = pool_of(retrieve, seed, texts)
     return ScoredPool(pool, errors_of(pool, seed), draws, np.arange(USERS), np.array(targets), texts)
 
 
@@ -299,7 +320,12 @@ def known_pools(kind: str) -> list[ScoredPool]:
     found = []
     for seed in range(8):
         each = scored(seed, [""] * USERS, [0] * USERS)
-        terms = {"preference": each.pool.cosines, "draws": each.pool.draw_scores, "error": -each.errors}
+        terms = {
+            "preference": each.pool.cosines,
+            "graph": each.pool.graph_scores,
+            "draws": each.pool.draw_scores,
+            "error": -each.errors,
+        }
         known = np.where(each.pool.ids >= 0, terms[kind], -np.inf).argmax(axis=1)
         found.append(replace(each, targets=each.pool.ids[np.arange(USERS), known]))
     return found
@@ -315,6 +341,11 @@ def test_calibration_finds_the_planted_weight() -> None:
     rankings, ndcg = choose_rankings(known_pools("draws"), RunConfig())
     assert rankings["fused_draws"] == Ranking(1.0, 4.0, 0.0)
     assert rankings["full"].draws == 4.0
+    pools = known_pools("graph")
+    rankings, ndcg = choose_rankings(pools, RunConfig())
+    assert rankings["fused_graph"] == Ranking(1.0, 0.0, 0.0, graph=4.0 * graph_unit(pools))
+    assert rankings["full"] == rankings["fused_graph"], "nothing that costs more is better"
+    assert ndcg["graph"] == 1
     rankings, ndcg = choose_rankings(known_pools("preference"), RunConfig())
     assert ndcg["preference"] == 1
     assert rankings["full_text"] == Ranking(1.0, 0.0, 0.0, pi=0.0), "of equals, the smallest weights"
