@@ -128,6 +128,7 @@ def _rank_chain(
         chunk=config.evaluation.chunk_users,
     )
     for each in pools:
+        tail = retrieve.tail(each.pool, log.num_items)
         shared = time.perf_counter() - started
         for name in names:
             began = time.perf_counter()
@@ -135,7 +136,7 @@ def _rank_chain(
                 nothing: list[ndarray] = [np.zeros(0, np.int32)] * len(each.users)
                 ids, _ = retrieve.retriever.search(each.draws[:, 0], nothing, each.pool.excluded, log.num_items)
             else:
-                ids, _ = retrieve.rank(each.pool, each.errors, rankings[name], log.num_items)
+                ids, _ = retrieve.rank(each.pool, each.errors, rankings[name], log.num_items, tail)
             ranks[name].append(ranks_in_lists(ids, each.targets))
             top[name].append(padded(ids))
             seconds[name] += shared + time.perf_counter() - began

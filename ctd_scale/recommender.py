@@ -109,11 +109,17 @@ class RetrieveStep:
         return found
 
     def rank(
-        self, pool: Pool, errors: Float32[ndarray, "batch pool"] | None, ranking: Ranking, k: int
+        self,
+        pool: Pool,
+        errors: Float32[ndarray, "batch pool"] | None,
+        ranking: Ranking,
+        k: int,
+        tail: tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]] | None = None,
     ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
         """The k best: the pool by its fused score, then, where k is larger, the rest by the preference.
 
         The list for k is a prefix of the list for any larger k. Padded with -1 / -inf where fewer items exist.
+        `tail` is the rest, where it is known already: it is the same for every ranking.
         """
         scores = fused_scores(pool, errors, ranking)
         retriever = HybridRetriever(self.retriever.vectors, self.retriever.dense, self.retriever.text, ranking.pi)
@@ -121,19 +127,18 @@ class RetrieveStep:
         ids, best = retriever.rank(pool.ids, scores, pool.matches, width)
         if k <= width and (ids >= 0).all():
             return ids, best
-        return self._with_tail(ids, best, pool, k)
-
-    def _with_tail(
-        self, ids: Int32[ndarray, "batch width"], scores: Float32[ndarray, "batch width"], pool: Pool, k: int
-    ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
-        known = [np.concatenate([out, row[row >= 0]]) for out, row in zip(pool.excluded, pool.ids, strict=True)]
-        nothing: list[ndarray] = [np.zeros(0, np.int32)] * len(ids)
-        tail_ids, tail = self.retriever.search(pool.preferences, nothing, known, k)
-        floor = np.where(ids >= 0, scores, np.inf).min(axis=1, keepdims=True)
+        tail_ids, tail_scores = tail or self.tail(pool, k)
+        floor = np.where(ids >= 0, best, np.inf).min(axis=1, keepdims=True)
         merged_ids = np.concatenate([ids, tail_ids], axis=1)
-        merged = np.concatenate([scores, np.minimum(tail, floor)], axis=1)
+        merged = np.concatenate([best, np.minimum(tail_scores, floor)], axis=1)
         order = np.argsort(merged_ids < 0, axis=1, kind="stable")[:, :k]  # real ones first, order kept
         return np.take_along_axis(merged_ids, order, 1), np.take_along_axis(merged, order, 1)
+
+    def tail(self, pool: Pool, k: int) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
+        """The k nearest to the preference of what is not in the pool."""
+        known = [np.concatenate([out, row[row >= 0]]) for out, row in zip(pool.excluded, pool.ids, strict=True)]
+        nothing: list[ndarray] = [np.zeros(0, np.int32)] * len(pool.ids)
+        return self.retriever.search(pool.preferences, nothing, known, k)
 
 
 def density_of_draws(cosines: Float32[ndarray, "batch draws pool"], tau: float) -> Float32[ndarray, "batch pool"]:
