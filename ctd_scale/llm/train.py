@@ -29,6 +29,9 @@ from ctd_scale.llm.windows import Windows, pack, plan_steps, training_windows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FACTS = "facts.json"
+# Standard deviation of the item vectors at the start. A cosine does not see it, but Adam moves every number by about the
+# learning rate a step: the smaller the vectors, the sooner they turn.
+VECTOR_SCALE = 0.1
 
 
 def train_llm(run: Run, config: RunConfig, config_hash: str, target: str = "models/llm", stage: str = "llm") -> None:
@@ -293,8 +296,8 @@ def initial_vectors(embeddings: torch.Tensor, config: LLMConfig) -> torch.Tensor
         return F.normalize(embeddings, dim=1)
     if embeddings.shape[1] == config.preference_dim:
         centred = embeddings - embeddings.mean(dim=0)
-        return centred / centred.std()
-    return torch.randn(len(embeddings), config.preference_dim)
+        return VECTOR_SCALE * centred / centred.std()
+    return VECTOR_SCALE * torch.randn(len(embeddings), config.preference_dim)
 
 
 def parameter_groups(model: PreferenceLM, config: LLMConfig) -> list[dict[str, Any]]:
