@@ -29,8 +29,8 @@ from ctd_scale.llm.windows import Windows, pack, plan_steps, training_windows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FACTS = "facts.json"
-# Standard deviation of the item vectors at the start. A cosine does not see it, but Adam moves every number by about the
-# learning rate a step: the smaller the vectors, the sooner they turn.
+# Standard deviation of the item vectors at the start. A cosine does not see it, but Adam moves every number by about
+# the learning rate a step: the smaller the vectors, the sooner they turn.
 VECTOR_SCALE = 0.1
 
 
