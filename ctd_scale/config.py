@@ -148,6 +148,11 @@ class LLMConfig(Section):
     )
     token_dropout: Fraction = Field(0.0, description="share of items whose continuous tokens are dropped in training")
     item_vectors: Literal["learned", "collaborative"] = Field("learned", description="what the retriever searches")
+    input_dropout: Fraction = Field(0.0, description="of the numbers of what is read, words and tokens alike")
+    head_dropout: Fraction = Field(
+        0.0, description="of the numbers of the hidden states that preferences are read from"
+    )
+    recency: bool = Field(True, description="the preference begins with the vectors of the latest four items")
     preference_dim: Positive = Field(64, description="C; equals graph.embed_dim when item_vectors = collaborative")
     temperature: PositiveFloat = 0.075
     text_weight: NotNegative = 0.1

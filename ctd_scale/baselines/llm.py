@@ -5,7 +5,8 @@ embedding, trained in two steps: the LLM on text, then the projection with the L
 2024) adds the same token to a share of the titles that grows from none to all.
 
 As published, neither ranks a whole catalogue: here all of them share our retrieval head, its item vectors included,
-which both steps of CoLLM train. A token that is not read leaves an empty place.
+which both steps of CoLLM train. Ours begins a preference with the vectors of the latest items, theirs do not. A token
+that is not read leaves an empty place.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from ctd_scale.llm.weights import BACKBONE, load_vectors
 from ctd_scale.ranking import Scorer
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "text_only": {"item_tokens": "none"},
-    "collm": {"item_tokens": "projected", "token_schedule": "second_half"},
-    "llara": {"item_tokens": "projected", "token_schedule": "curriculum"},
+    "text_only": {"item_tokens": "none", "recency": False},
+    "collm": {"item_tokens": "projected", "token_schedule": "second_half", "recency": False},
+    "llara": {"item_tokens": "projected", "token_schedule": "curriculum", "recency": False},
 }
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ctd_scale.llm.prompts import Prompts
 
+RECENT = 4  # latest items with whose vectors a preference begins
+
 
 @dataclass(frozen=True)
 class LLMBatch:
@@ -21,6 +23,7 @@ class LLMBatch:
 
     Where every line holds one row, no attention mask is needed: in a causal model nothing before a pad ever sees it.
     Where lines hold several, `places` gives each token's place in its own row, from 0 (padding: 0 too).
+    `recent` are the latest items that a preference has read, the latest first, -1 where there were fewer.
     """
 
     head_ids: Int[Tensor, "head"]
@@ -28,6 +31,7 @@ class LLMBatch:
     token_positions: Int[Tensor, "tokens"]
     token_values: Float[Tensor, "tokens token_dim"]
     preference_positions: Int[Tensor, "preferences"]
+    recent: Int[Tensor, "preferences recent"]
     targets: Int[Tensor, "preferences"]
     answer_positions: Int[Tensor, "answers"]
     answer_ids: Int[Tensor, "answers"]
@@ -50,6 +54,12 @@ class Row:
     @property
     def first(self) -> int:
         return len(self.items) - len(self.targets)
+
+
+def latest_items(items: Int[ndarray, "history"]) -> Int[ndarray, "history recent"]:
+    """After each item of a history the latest `RECENT`, itself first, -1 where there are fewer."""
+    before = np.concatenate([np.full(RECENT - 1, -1, np.int64), items])
+    return np.lib.stride_tricks.sliding_window_view(before, RECENT)[:, ::-1]
 
 
 class Collator:
@@ -102,6 +112,7 @@ class Collator:
         tokens: list[ndarray] = []
         values: list[ndarray] = []
         wanted: list[ndarray] = []
+        recent: list[ndarray] = []
         answer_positions: list[ndarray] = []
         answer_ids: list[ndarray] = []
         for row, base, size in zip(rows, bases.tolist(), sizes.tolist(), strict=True):
@@ -118,6 +129,7 @@ class Collator:
             tokens.append((ends[:, None] - self.num_ways + np.arange(self.num_ways)).ravel())
             values.append(self.item_tokens[row.items].reshape(-1, self.item_tokens.shape[2]))
             wanted.append(ends[row.first :] - 1)
+            recent.append(latest_items(row.items)[row.first :])
             if row.answer_item >= 0:
                 column = int(ends[-1])
                 tail, answer = self.prompts.tail, self.prompts.answer(row.answer_item)
@@ -133,6 +145,7 @@ class Collator:
             token_positions=torch.from_numpy(np.concatenate(tokens)),
             token_values=torch.from_numpy(np.concatenate(values).astype(np.float32)),
             preference_positions=torch.from_numpy(np.concatenate(wanted)),
+            recent=torch.from_numpy(np.concatenate(recent)),
             targets=torch.from_numpy(np.concatenate([row.targets for row in rows]).astype(np.int64)),
             answer_positions=torch.from_numpy(np.concatenate([empty, *answer_positions])),
             answer_ids=torch.from_numpy(np.concatenate([empty, *answer_ids]).astype(np.int64)),

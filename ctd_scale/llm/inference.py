@@ -17,7 +17,7 @@ from ctd_scale.batches import Catalogue, NodeArrays
 from ctd_scale.config import LLMConfig
 from ctd_scale.llm.backbone import load_text_tokenizer
 from ctd_scale.llm.choices import Among, AnswerChoices, Begun
-from ctd_scale.llm.collator import Collator, Row
+from ctd_scale.llm.collator import Collator, Row, latest_items
 from ctd_scale.llm.prompts import make_category_answers, make_prompts
 from ctd_scale.llm.train import DTYPES
 from ctd_scale.llm.weights import BACKBONE, load_model
@@ -133,7 +133,8 @@ class PreferenceModel:
             return _any_choice
         if self.config.text_choices in ("catalogue", "category"):
             return self._known_choice(dict.fromkeys(range(len(states)), self._choices.start()))
-        preferences = self.model.head.project(states[:, -len(self.collator.prompts.tail) - 1]).float()
+        recent = torch.from_numpy(np.stack([latest_items(items)[-1] for items in seen])).to(states.device)
+        preferences = self.model.head(states[:, -len(self.collator.prompts.tail) - 1], recent).float()
         scores = F.normalize(preferences, dim=1) @ self._directions.T
         for row, items in enumerate(seen):
             scores[row, torch.from_numpy(np.unique(items)).long()] = -torch.inf

@@ -14,8 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ctd_scale.llm.collator import LLMBatch
+from ctd_scale.llm.collator import RECENT, LLMBatch
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
+
+# How much the latest item's vector weighs in a preference before anything is learned, and each earlier one beside it.
+LATEST, EARLIER = 3.2, 0.6
 
 
 class TokenAdapter(nn.Module):
@@ -52,16 +55,39 @@ class ProjectionAdapter(nn.Module):
 
 
 class PreferenceHead(nn.Module):
-    """Linear map of the hidden state at an item's last continuous token to the preference, and what it is scored by:
-    item vectors (learned with it, or frozen) and a learned temperature."""
+    """From the hidden state h at an item's last continuous token to the preference, and what it is scored by: item
+    vectors (learned with it, or frozen) and a learned temperature.
+
+    `c = W h + sum_k a_k v_k / |v_k|`, v_k the vector of the k-th latest item: a preference begins at what was chosen
+    last, and W h says what to change. Without `recency` it is `W h` alone.
+    """
 
     def __init__(
-        self, token_dim: int, vectors: Float[Tensor, "items cond_dim"], temperature: float, learn_vectors: bool
+        self,
+        token_dim: int,
+        vectors: Float[Tensor, "items cond_dim"],
+        temperature: float,
+        *,
+        learn_vectors: bool,
+        recency: bool,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(token_dim, vectors.shape[1], bias=False)
         self.vectors = nn.Parameter(vectors.clone(), requires_grad=learn_vectors)
         self.log_temperature = nn.Parameter(torch.tensor(temperature).log().reshape(1))
+        self.recency = nn.Parameter(LATEST * EARLIER ** torch.arange(RECENT)) if recency else None
+
+    def forward(
+        self, states: Float[Tensor, "preferences token_dim"], recent: Int[Tensor, "preferences recent"]
+    ) -> Float[Tensor, "preferences cond_dim"]:
+        preferences: Tensor = self.project(self.dropout(states))
+        if self.recency is None:
+            return preferences
+        latest = F.normalize(F.embedding(recent.clamp_min(0), self.vectors).float(), dim=-1)
+        weights = self.recency.float() * (recent >= 0)
+        return preferences + (weights[:, :, None] * latest).sum(dim=1).to(preferences.dtype)
 
     @property
     def temperature(self) -> Float[Tensor, ""]:
@@ -72,11 +98,14 @@ class PreferenceLM(nn.Module):
     """`lm` is any Hugging Face causal LM; its word embeddings stay frozen (28M values that history text needs no
     change of, and whose dense gradient would cost more than the rest)."""
 
-    def __init__(self, lm: Any, adapter: TokenAdapter | ProjectionAdapter, head: PreferenceHead) -> None:
+    def __init__(
+        self, lm: Any, adapter: TokenAdapter | ProjectionAdapter, head: PreferenceHead, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.adapter = adapter
         self.head = head
+        self.dropout = nn.Dropout(dropout)
         lm.get_input_embeddings().weight.requires_grad_(False)
         if lm.get_output_embeddings() is not None:
             lm.get_output_embeddings().weight.requires_grad_(False)
@@ -90,7 +119,7 @@ class PreferenceLM(nn.Module):
         words = self.words(batch.input_ids)
         flat = words.reshape(-1, words.shape[-1])
         tokens = self.adapter(batch.token_values.to(words.dtype)).to(words.dtype)
-        flat = flat.index_copy(0, batch.token_positions, tokens)
+        flat = self.dropout(flat.index_copy(0, batch.token_positions, tokens))
         return flat.reshape(words.shape)
 
     def read_head(self, head_ids: Int[Tensor, "head"]) -> DynamicCache:
@@ -121,8 +150,8 @@ class PreferenceLM(nn.Module):
         return states.reshape(-1, states.shape[-1])
 
     def preferences(self, batch: LLMBatch, head: DynamicCache | None = None) -> Float[Tensor, "preferences cond_dim"]:
-        projected: Tensor = self.head.project(self.hidden(batch, head)[batch.preference_positions])
-        return projected.float()
+        preferences: Tensor = self.head(self.hidden(batch, head)[batch.preference_positions], batch.recent)
+        return preferences.float()
 
     def word_logits(self, states: Float[Tensor, "states token_dim"]) -> Float[Tensor, "states vocabulary"]:
         """What the LM would say after these states; Gemma bounds its logits, Granite and Cohere scale them."""
@@ -137,7 +166,7 @@ class PreferenceLM(nn.Module):
     def forward(self, batch: LLMBatch, negatives: Tensor | None = None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Sums (not means) of the preference loss over positions and of the LM loss over answer tokens."""
         hidden = self.hidden(batch)
-        preferences = self.head.project(hidden[batch.preference_positions])
+        preferences = self.head(hidden[batch.preference_positions], batch.recent)
         vectors, temperature = self.head.vectors, self.head.temperature
         if negatives is None:
             preference = softmax_loss(preferences, vectors, batch.targets, temperature)
@@ -196,13 +225,20 @@ def build_preference_lm(
     lm: Any,
     vectors: Float[Tensor, "items cond_dim"],
     temperature: float,
+    *,
     learn_vectors: bool,
     projected_dim: int | None = None,
+    recency: bool = True,
+    input_dropout: float = 0.0,
+    head_dropout: float = 0.0,
 ) -> PreferenceLM:
     """A preference model on top of a causal LM, with fresh adapter and head. With `projected_dim` item tokens are
-    embeddings of that size, which the adapter projects."""
+    embeddings of that size, which the adapter projects; `recency` is that of the head."""
     token_dim, scale = int(lm.get_input_embeddings().weight.shape[1]), word_scale(lm)
     adapter = (
         TokenAdapter(token_dim, scale) if projected_dim is None else ProjectionAdapter(projected_dim, token_dim, scale)
     )
-    return PreferenceLM(lm, adapter, PreferenceHead(token_dim, vectors, temperature, learn_vectors))
+    head = PreferenceHead(
+        token_dim, vectors, temperature, learn_vectors=learn_vectors, recency=recency, dropout=head_dropout
+    )
+    return PreferenceLM(lm, adapter, head, dropout=input_dropout)

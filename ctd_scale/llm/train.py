@@ -227,7 +227,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             negatives = torch.from_numpy(random.integers(0, len(log.catalogue), config.sampled_negatives)).to(device)
         supervised = sum(len(row.targets) for row in rows)
         spoken = sum(len(prompts.answer(row.answer_item)) for row in rows if row.answer_item >= 0)
-        # Some backbones have dropout: drawn anew in every step, and the same where it is made again.
+        # Dropout is drawn anew in every step, and the same where a step is made again.
         torch.manual_seed((seed * 1_000_003 + step) * workers + rank)
         losses, counts = torch.zeros(2, device=device), [0, 0]
         for lines in pack(collator.sizes(rows), parts)[rank::workers]:
@@ -287,7 +287,16 @@ def new_model(config: LLMConfig, backbone: Path, item_embeddings: np.ndarray, se
         lm = inject_adapter_in_model(lora, lm)
     vectors = initial_vectors(torch.tensor(np.asarray(item_embeddings)), config)
     projected_dim = item_embeddings.shape[1] if config.item_tokens == "projected" else None
-    return build_preference_lm(lm, vectors, config.temperature, config.item_vectors == "learned", projected_dim)
+    return build_preference_lm(
+        lm,
+        vectors,
+        config.temperature,
+        learn_vectors=config.item_vectors == "learned",
+        projected_dim=projected_dim,
+        recency=config.recency,
+        input_dropout=config.input_dropout,
+        head_dropout=config.head_dropout,
+    )
 
 
 def initial_vectors(embeddings: torch.Tensor, config: LLMConfig) -> torch.Tensor:

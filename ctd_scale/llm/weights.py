@@ -41,7 +41,14 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreferenceLM:
     heads = load_file(folder / HEADS)
     lm = load_causal_lm(folder / BACKBONE, dtype=dtype)
     projected_dim = heads[PROJECTION].shape[1] if PROJECTION in heads else None
-    model = build_preference_lm(lm, heads["head.vectors"], 1.0, learn_vectors=False, projected_dim=projected_dim)
+    model = build_preference_lm(
+        lm,
+        heads["head.vectors"],
+        1.0,
+        learn_vectors=False,
+        projected_dim=projected_dim,
+        recency="head.recency" in heads,
+    )
     model.load_state_dict(heads, strict=False)
     return model.to(dtype).eval().requires_grad_(False)
 

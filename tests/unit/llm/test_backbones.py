@@ -94,8 +94,8 @@ def test_any_causal_lm_will_do_and_may_be_cut(tmp_path: Path, collator: Collator
         # The model's own forward, with the whole prompt in one row and no cache.
         head = model.words(batch.head_ids)[None]
         said = model.lm(inputs_embeds=torch.cat([head, model.embed(batch)[:1]], dim=1), output_hidden_states=True)
-        expected = model.head.project(said.hidden_states[-1][0, len(batch.head_ids) :][batch.preference_positions[:5]])
-        assert torch.allclose(expected, alone, atol=1e-4)
+        states = said.hidden_states[-1][0, len(batch.head_ids) :][batch.preference_positions[:5]]
+        assert torch.allclose(model.head(states, batch.recent[:5]), alone, atol=1e-4)
         words = said.logits[0, len(batch.head_ids) + batch.answer_positions]
         assert F.cross_entropy(words, batch.answer_ids, reduction="sum").item() == pytest.approx(text.item(), rel=1e-4)
 
@@ -150,6 +150,6 @@ def test_a_backbone_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_word_embeddings_are_frozen(backbone: Path) -> None:
-    model: PreferenceLM = build_preference_lm(load_causal_lm(backbone), torch.randn(4, 8), 0.1, True)
+    model: PreferenceLM = build_preference_lm(load_causal_lm(backbone), torch.randn(4, 8), 0.1, learn_vectors=True)
     assert not model.lm.get_input_embeddings().weight.requires_grad
     assert model.head.temperature.item() == pytest.approx(0.1)

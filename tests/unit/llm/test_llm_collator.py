@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ctd_scale.batches import Catalogue
-from ctd_scale.llm.collator import Collator, Row
+from ctd_scale.llm.collator import RECENT, Collator, Row
 from ctd_scale.llm.prompts import INSTRUCTION, SYSTEM, answer_text, make_prompts
 from ctd_scale.llm.train import drop_tokens, kept_tokens
 
@@ -42,7 +42,7 @@ def naive(collator: Collator, rows: list[Row], length: int) -> dict[str, Any]:
     """What a batch should be, one token at a time."""
     prompts = collator.prompts
     made: dict[str, Any] = {
-        name: [] for name in ("ids", "positions", "values", "wanted", "targets", "answer_at", "answers")
+        name: [] for name in ("ids", "positions", "values", "wanted", "recent", "targets", "answer_at", "answers")
     }
     for index, each in enumerate(rows):
         ids: list[int] = []
@@ -60,6 +60,8 @@ def naive(collator: Collator, rows: list[Row], length: int) -> dict[str, Any]:
             splice(collator.item_tokens[item])
             if place >= len(each.items) - len(each.targets):
                 made["wanted"].append(index * length + len(ids) - 1)
+                read = each.items[: place + 1].tolist()[::-1]
+                made["recent"].append((read + [-1] * RECENT)[:RECENT])
         made["targets"] += each.targets.tolist()
         if each.answer_item >= 0:
             ids += prompts.tail.tolist()
@@ -85,6 +87,7 @@ def test_a_batch_is_what_one_token_at_a_time_gives(collator: Collator, rows: lis
     assert batch.token_positions.tolist() == expected["positions"]
     assert torch.equal(batch.token_values, torch.tensor(expected["values"]))
     assert batch.preference_positions.tolist() == expected["wanted"]
+    assert batch.recent.tolist() == expected["recent"]
     assert batch.targets.tolist() == expected["targets"]
     assert batch.answer_positions.tolist() == expected["answer_at"]
     assert batch.answer_ids.tolist() == expected["answers"]
@@ -97,6 +100,7 @@ def test_packed_lines_are_their_rows_laid_end_to_end(collator: Collator) -> None
     alone = collator([row for line in lines for row in line])
     assert torch.equal(got.token_values, alone.token_values)
     assert torch.equal(got.targets, alone.targets)
+    assert torch.equal(got.recent, alone.recent)
     assert torch.equal(got.answer_ids, alone.answer_ids)
     assert alone.places is None
     moved = torch.empty(alone.input_ids.numel(), dtype=torch.long)  # from where a token is alone to where it is packed

@@ -3,6 +3,7 @@ answer after it."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ctd_scale.llm.choices import AnswerChoices
 from ctd_scale.llm.collator import Row
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
-from ctd_scale.llm.model import TokenAdapter, word_scale
+from ctd_scale.llm.model import PreferenceHead, TokenAdapter, word_scale
 from ctd_scale.llm.prompts import make_category_answers
 from ctd_scale.llm.train import initial_vectors, new_model, parameter_groups
 from ctd_scale.llm.weights import BACKBONE, export_model, load_model, load_vectors, temperature
@@ -239,12 +240,50 @@ def test_what_is_trained(backbone: Path, trainable: Any, item_vectors: Any) -> N
     of_lm = {name for name in trained if name.startswith("lm.")}
     assert of_lm
     assert all("lora_" in name for name in of_lm) == (trainable == "lora")
-    fresh = {"adapter.scale", "adapter.correction.weight", "head.project.weight", "head.log_temperature"}
+    fresh = {
+        "adapter.scale",
+        "adapter.correction.weight",
+        "head.project.weight",
+        "head.log_temperature",
+        "head.recency",
+    }
     assert trained - of_lm == fresh | ({"head.vectors"} if item_vectors == "learned" else set())
     backbone_group, fresh_group = parameter_groups(model, config)
     assert (backbone_group["lr"], fresh_group["lr"]) == (config.learning_rate, config.head_learning_rate)
     assert len(backbone_group["params"]) == len(of_lm)
     assert len(fresh_group["params"]) == len(trained - of_lm)
+
+
+def test_a_preference_begins_with_the_vectors_of_the_latest_items() -> None:
+    torch.manual_seed(0)
+    vectors, states = 3 * torch.randn(9, 5), torch.randn(3, 7)
+    recent = torch.tensor([[4, 2, 2, 8], [0, 6, -1, -1], [5, -1, -1, -1]])
+    head = PreferenceHead(7, vectors, 0.1, learn_vectors=True, recency=True)
+    torch.nn.init.uniform_(head.recency)
+    found = head(states, recent)
+    for row, items in enumerate(recent.tolist()):
+        expected = head.project(states[row])
+        for weight, item in zip(head.recency, items, strict=True):
+            if item >= 0:
+                expected = expected + weight * vectors[item] / vectors[item].norm()
+        assert torch.allclose(found[row], expected, atol=1e-5)
+    found.square().sum().backward()
+    moved = head.vectors.grad.abs().sum(dim=1) > 0
+    assert torch.nonzero(moved).flatten().tolist() == [0, 2, 4, 5, 6, 8], "those that were read, and no other"
+    without = PreferenceHead(7, vectors, 0.1, learn_vectors=True, recency=False)
+    assert torch.equal(without(states, recent), without.project(states))
+
+
+def test_dropout_is_for_training_alone(served: PreferenceModel) -> None:
+    batch = served.collator([Row(np.array([1, 2, 3], np.int32), np.zeros(3, np.int64))])
+    model = copy.deepcopy(served.model).float()
+    plain = model.preferences(batch)
+    for part in (model.dropout, model.head.dropout):
+        part.p = 0.5
+        assert torch.equal(model.eval().preferences(batch), plain)
+        assert not torch.allclose(model.train().preferences(batch), plain, atol=1e-3)
+        part.p = 0.0
+    assert torch.equal(model.train().preferences(batch), plain)
 
 
 def test_item_vectors_start_at_the_collaborative_embeddings() -> None:
