@@ -62,7 +62,7 @@ def calls_cases(bench: Bench, split: Split, sampler: str, calls: tuple[int, ...]
         settings = {"sampling_steps": steps, "sampler": sampler, "error_evaluations": 1}
         started = time.perf_counter()
         pools = bench.pools(split, bench.config.diffusion.model_copy(update=settings))
-        seconds = (time.perf_counter() - started) / bench.users
+        seconds = (time.perf_counter() - started) / sum(len(each.users) for each in pools)
         found[steps] = pool_ndcg(pools, DRAWS), bench.single_ndcg(pools), 1e3 * seconds
     most = max(calls)
     cases = []

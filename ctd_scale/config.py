@@ -148,10 +148,10 @@ class LLMConfig(Section):
     )
     token_dropout: Fraction = Field(0.0, description="share of items whose continuous tokens are dropped in training")
     item_vectors: Literal["learned", "collaborative"] = Field("learned", description="what the retriever searches")
-    input_dropout: Fraction = Field(0.0, description="of the numbers of what is read, words and tokens alike")
-    head_dropout: Fraction = Field(
-        0.0, description="of the numbers of the hidden states that preferences are read from"
+    input_dropout: Fraction = Field(
+        0.0, description="of what is read, words and tokens alike; each worker draws its own"
     )
+    head_dropout: Fraction = Field(0.0, description="of the hidden states from which preferences are read")
     recency: bool = Field(True, description="the preference begins with the vectors of the latest four items")
     preference_dim: Positive = Field(64, description="C; equals graph.embed_dim when item_vectors = collaborative")
     temperature: PositiveFloat = 0.075
