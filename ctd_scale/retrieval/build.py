@@ -1,7 +1,7 @@
 """Write and read the `index` artifact.
 
-`vectors.npy` (unit length) and `text/`; `graph/` with `sources.npy` and the lifted `vectors.npy`; and beside either
-vectors `scann/` for large catalogues.
+`vectors.npy` (unit length) and `text/`; `cold/`, which places items by their words; `graph/` with `sources.npy` and the
+lifted `vectors.npy`; and beside either vectors `scann/` for large catalogues.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from numpy import ndarray
 
 from ctd_scale.batches import Catalogue
 from ctd_scale.config import RetrievalConfig
+from ctd_scale.retrieval.cold import fit_projection
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever, graph_sources, lift, read_histories
 from ctd_scale.retrieval.dense import MIN_SCANN_ITEMS, DenseIndex, ExactIndex, ScannIndex, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
 from ctd_scale.retrieval.text import TextIndex
 
-VECTORS, SOURCES = "vectors.npy", "sources.npy"
-TEXT, SCANN, GRAPH = "text", "scann", "graph"
+VECTORS, SOURCES, TRAINED = "vectors.npy", "sources.npy", "trained.npy"
+TEXT, SCANN, GRAPH, COLD = "text", "scann", "graph", "cold"
 
 
 def build_index(
@@ -33,10 +34,13 @@ def build_index(
     folder: Path,
     seed: int,
     queries: Float32[ndarray, "queries cond_dim"] | None = None,
+    degrees: Integer[ndarray, "items"] | None = None,
 ) -> dict[str, Any]:
-    """Build the index of a catalogue into `folder`; ScaNN is calibrated on `queries` where they are given.
+    """Build the index of a catalogue into `folder`; ScaNN is calibrated on `queries` where they are given. An item of
+    degree 0, which no training interaction has, is placed by its words: as trained it is only what nobody wants.
 
-    Returns the facts of its manifest: engine, recall (recall@10, 1.0 for exact search), items, dim, seconds.
+    Returns the facts of its manifest: engine, recall (recall@10, 1.0 for exact search), items, dim, seconds, cold_items
+    and cold_cosine (of vectors by words and trained vectors).
     Raises ValueError: another number of vectors than of items, or an item whose vector has no direction.
     """
     if len(vectors) != len(catalogue):
@@ -45,13 +49,24 @@ def build_index(
         )
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    TextIndex.build(catalogue).save(folder / TEXT)
+    text = TextIndex.build(catalogue)
+    text.save(folder / TEXT)
+    vectors = unit_vectors(np.asarray(vectors))
+    trained = np.ones(len(vectors), bool) if degrees is None else np.asarray(degrees) > 0
+    np.save(folder / TRAINED, trained)
+    projection = fit_projection(text, vectors, trained, seed)
+    projection.save(folder / COLD)
+    if not trained.all():
+        vectors = np.array(vectors)
+        vectors[~trained] = projection(text.counts.tocsr()[~trained])
     engine, recall = _build_dense(vectors, config, folder, seed, queries)
     return {
         "engine": engine,
         "recall": recall,
         "items": len(vectors),
         "dim": vectors.shape[1],
+        "cold_items": int((~trained).sum()),
+        "cold_cosine": round(projection.cosine, 4),
         "seconds": round(time.perf_counter() - start, 3),
     }
 

@@ -10,7 +10,6 @@ gradients, all dimensions at once; lambda is the one whose projections of items 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
