@@ -64,8 +64,8 @@ def in_force(run: Run) -> tuple[int, int]:
         return int(said["version"]), int(said["latest"])
     except (ValueError, KeyError, TypeError):
         raise ArtifactError(
-            f'{run.url}/{CURRENT} holds {text[:40]!r}, expected {{"version": 2, "latest": 3}} with the number of a folder '
-            "beside it, and of the last one"
+            f"{run.url}/{CURRENT} holds {text[:40]!r}, expected the number of a folder beside it and that of the last "
+            'one, such as {"version": 2, "latest": 3}'
         ) from None
 
 
@@ -123,9 +123,7 @@ def delete(run: Run, item_ids: Sequence[str], catalogue: Catalogue) -> Changes:
     def rows(before: Changes) -> pa.Table:
         there = {row["item_id"]: row for row in before.table.to_pylist()}
         missing = set(wanted) - there.keys()
-        for item_id, title, category in zip(
-            catalogue.item_ids, catalogue.titles, catalogue.categories, strict=True
-        ):
+        for item_id, title, category in zip(catalogue.item_ids, catalogue.titles, catalogue.categories, strict=True):
             if item_id in missing:
                 there[item_id] = {"item_id": item_id, "title": title, "category": category, "deleted": False}
         unknown = [item_id for item_id in wanted if item_id not in there or there[item_id]["deleted"]]
@@ -160,7 +158,12 @@ def next_version(
     """Publish a version and put it in force; yields its folder, for what else belongs to it. Nobody else may change the
     run at the same time: see `alone`."""
     number = in_force(run)[1] + 1
-    facts = {"version": number, "based_on": before.number, "built": number if with_index else before.built, "said": said}
+    facts = {
+        "version": number,
+        "based_on": before.number,
+        "built": number if with_index else before.built,
+        "said": said,
+    }
     with run.publish(_name(number), config_hash="", inputs=inputs, facts=facts) as folder:
         write_table(table, folder / ITEMS)
         yield folder

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Integer
+from jaxtyping import Bool, Float32, Int32, Integer
 from numpy import ndarray
 
 from ctd_scale.batches import Catalogue
 from ctd_scale.config import RetrievalConfig
-from ctd_scale.retrieval.cold import fit_projection
+from ctd_scale.retrieval.cold import TextProjection, fit_projection
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever, graph_sources, lift, read_histories
 from ctd_scale.retrieval.dense import MIN_SCANN_ITEMS, DenseIndex, ExactIndex, ScannIndex, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
@@ -105,6 +105,13 @@ def load_index(folder: Path, catalogue_size: int, pi: float) -> HybridRetriever:
     if len(vectors) != catalogue_size:
         raise ValueError(f"{folder} has {len(vectors)} items but the catalogue has {catalogue_size}; rerun build_index")
     return HybridRetriever(vectors, dense, TextIndex.load(folder / TEXT), pi)
+
+
+def load_cold(folder: Path) -> tuple[TextProjection, Bool[ndarray, "items"]]:
+    """What places an item by its words, and which items training has seen. Raises ValueError where neither is there."""
+    if not (folder / TRAINED).is_file():
+        raise ValueError(f"{folder} has no {TRAINED}: it was built by an older version; rerun build_index")
+    return TextProjection.load(folder / COLD), np.load(folder / TRAINED)
 
 
 def load_graph_index(folder: Path) -> CollaborativeRetriever:

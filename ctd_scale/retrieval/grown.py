@@ -11,9 +11,11 @@ class GrownVectors:
     """Rows of a large, memory-mapped array followed by rows of a small one, which is not worth a copy of both. Rows are
     taken by slice or by index, as from an array."""
 
-    def __init__(self, built: Float32[ndarray, "built dim"], added: Float32[ndarray, "added dim"]) -> None:
+    def __init__(
+        self, built: Float32[ndarray, "built dim"] | GrownVectors, added: Float32[ndarray, "added dim"]
+    ) -> None:
         self._built, self._added = built, added
-        self.shape = (len(built) + len(added), built.shape[1])
+        self.shape: tuple[int, int] = (len(built) + len(added), built.shape[1])
 
     def __len__(self) -> int:
         return self.shape[0]
