@@ -133,7 +133,9 @@ def rebuild_index(run: Run, artifacts: Mapping[str, Artifact], config: RunConfig
         before = read_changes(run)
         base = load_base(run, artifacts, before)
         live = apply_changes(base, before)
-        asked = Preferences.load(run.fetch("preferences").path, "validation").vectors
+        asked = None  # a copy of a run that is only served need not hold its preferences
+        if run.manifest("preferences") is not None:
+            asked = Preferences.load(run.fetch("preferences").path, "validation").vectors
         trained = np.zeros(len(live.catalogue), np.int64)
         trained[: len(base.trained)] = base.trained
         vectors = live.retriever.vectors[:]
