@@ -147,8 +147,10 @@ class ScannIndex:
         target_recall: float,
         seed: int = 0,
         queries: Float32[ndarray, "queries cond_dim"] | None = None,
+        leaves: int = 0,
     ) -> ScannIndex:
         """Train the index, then double the effort of a search until recall@10 and @100 reach `target_recall`.
+        `leaves`: of its tree, 0 = sqrt(items).
 
         They are measured on at most 256 of `queries`, drawn with `seed`. Without queries they are items
         turned by some 40 degrees in a random direction: an item itself is too easy, its own neighbour.
@@ -158,7 +160,7 @@ class ScannIndex:
             raise ValueError(f"ScaNN needs at least {MIN_SCANN_ITEMS} items, got {len(vectors)}; use ExactIndex")
         vectors = unit_vectors(vectors)
         items, dim = vectors.shape
-        leaves = round(math.sqrt(items))
+        leaves = leaves or round(math.sqrt(items))
         searcher = (
             _scann()
             .builder(vectors, CALIBRATION_KS[0], "dot_product")
