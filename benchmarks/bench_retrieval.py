@@ -3,8 +3,8 @@
 Every engine answers with one thread and is tuned over a grid of its own, of how it is built and how it is asked: of the
 settings that reach a recall, the fastest counts. Each is built in a process of its own, so that its memory is its own.
 Vectors are those of titles, by latent semantic analysis of a million real ones with their categories
-(`catalog_reddit_1m`); ten million are made of the same titles, their words shuffled within each category. The queries are
-titles that are not in the index.
+(`catalog_reddit_1m`); ten million are made of the same titles, their words shuffled within each category. The queries
+are titles that are not in the index.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def brute_force(vectors: np.ndarray) -> Built:
 
 
 def engines(items: int) -> dict[str, Callable[[np.ndarray], Built]]:
-    """Every engine by name, once for each way to build it. Graphs over ten million items would take an hour to build."""
+    """Every engine by name, once for each way to build it. Graphs over ten million items take an hour to build."""
     made: dict[str, Callable[[np.ndarray], Built]] = {}
     root = round(np.sqrt(items))
     for leaves in (root, 4 * root) if items >= 1_000_000 else (root,):

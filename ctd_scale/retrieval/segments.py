@@ -1,0 +1,78 @@
+"""Several indexes searched as one: the shards of a large catalogue, or a few new items behind many old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from jaxtyping import Float32, Int32
+from numpy import ndarray
+
+from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
+
+
+@dataclass(frozen=True)
+class SegmentedIndex:
+    """Segment s holds the items `offsets[s]` to `offsets[s + 1] - 1` and numbers them from 0. One without items is
+    never asked.
+
+    Segments are asked one after the other. ScaNN releases the GIL, but threads gain nothing where the other cores have
+    work (a batch of 32 over four shards: 2.9 ms with one thread and with two), as they have when serving.
+
+    Raises ValueError: offsets that do not begin with 0, decrease, or are not one more than the segments.
+    """
+
+    segments: Sequence[DenseIndex]
+    offsets: Sequence[int]
+
+    def __post_init__(self) -> None:
+        falling = any(start > stop for start, stop in zip(self.offsets, self.offsets[1:], strict=False))
+        if len(self.offsets) != len(self.segments) + 1 or self.offsets[0] != 0 or falling:
+            raise ValueError(
+                f"offsets={list(self.offsets)} for {len(self.segments)} segments, expected one more than these, from 0 "
+                "on and never falling"
+            )
+
+    @classmethod
+    def of(cls, segments: Sequence[DenseIndex], sizes: Sequence[int]) -> SegmentedIndex:
+        """Segments of so many items each."""
+        return cls(segments, list(accumulate(sizes, initial=0)))
+
+    def search(
+        self, queries: Float32[ndarray, "batch cond_dim"], k: int
+    ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
+        """The k best of what the segments find, equal cosines in index order; over exact segments, exactly the nearest.
+
+        Raises ValueError as the segments do.
+        """
+        unit = unit_vectors(queries, "query")
+        ids = [np.empty((len(queries), 0), dtype=np.int32)]
+        cosines = [np.empty((len(queries), 0), dtype=np.float32)]
+        for segment, start, stop in zip(self.segments, self.offsets[:-1], self.offsets[1:], strict=True):
+            if start == stop:
+                continue
+            found, scores = segment.search(unit, min(k, stop - start))
+            ids.append(np.where(found >= 0, found + np.int32(start), np.int32(-1)))
+            cosines.append(scores)
+        return _best(np.concatenate(ids, axis=1), np.concatenate(cosines, axis=1), k)
+
+
+def is_exact(index: DenseIndex) -> bool:
+    """Whether every item is scored."""
+    if isinstance(index, SegmentedIndex):
+        return all(is_exact(segment) for segment in index.segments)
+    return isinstance(index, ExactIndex)
+
+
+def _best(
+    ids: Int32[ndarray, "batch found"], cosines: Float32[ndarray, "batch found"], k: int
+) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
+    """The first k by cosine, then by id; what is -1 / -inf comes last, and fills up."""
+    order = np.lexsort((ids, -cosines))[:, :k]
+    missing = ((0, 0), (0, k - order.shape[1]))
+    return (
+        np.pad(np.take_along_axis(ids, order, axis=1), missing, constant_values=-1),
+        np.pad(np.take_along_axis(cosines, order, axis=1), missing, constant_values=-np.inf),
+    )
