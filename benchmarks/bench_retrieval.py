@@ -24,9 +24,11 @@ from scipy.sparse import csr_matrix
 from benchmarks.report import Case, apart, parser, show, write
 from ctd_scale.batches import Catalogue
 from ctd_scale.estimates import peak_memory
-from ctd_scale.retrieval.dense import ExactIndex, ScannIndex, ScannSettings, exact_search, unit_vectors
+from ctd_scale.retrieval.dense import ExactIndex, exact_search, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
+from ctd_scale.retrieval.scann_index import ScannIndex
 from ctd_scale.retrieval.text import TextIndex, words
+from ctd_scale.retrieval.tree_index import Settings
 
 DIM, QUERIES, K = 64, 2000, 10
 RECALLS = (0.90, 0.95, 0.99)
@@ -109,8 +111,8 @@ def scann(leaves: int) -> Callable[[np.ndarray], Built]:
     def build(vectors: np.ndarray) -> Built:
         index = ScannIndex.build(vectors, target_recall=0.95, leaves=leaves)
 
-        def asked(tried: ScannSettings) -> Search:
-            searching = ScannIndex(index._searcher, tried)
+        def asked(tried: Settings) -> Search:
+            searching = ScannIndex(index.searcher, tried)
             return lambda queries: searching.search(queries, K)[0]
 
         def ladder(reorder: int) -> Iterator[tuple[str, Search]]:

@@ -218,6 +218,7 @@ class RetrievalConfig(Section):
 
     exact_limit: Positive = Field(50_000, description="exact search up to this many items, ScaNN above")
     target_recall: Fraction = 0.95
+    shards: Positive = Field(1, description="parts of the catalogue that are built one by one and searched together")
     text_candidates: Positive = Field(20, description="size of the match set of a text")
 
 

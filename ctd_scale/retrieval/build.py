@@ -1,7 +1,7 @@
 """Write and read the `index` artifact.
 
 `vectors.npy` (unit length) and `text/`; `graph/` with `sources.npy` and the lifted `vectors.npy`; and beside either
-vectors `scann/` for large catalogues.
+vectors `scann/` for large catalogues (with several shards `scann/0`, `scann/1`, ...).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from numpy import ndarray
 from ctd_scale.batches import Catalogue
 from ctd_scale.config import RetrievalConfig
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever, graph_sources, lift, read_histories
-from ctd_scale.retrieval.dense import MIN_SCANN_ITEMS, DenseIndex, ExactIndex, ScannIndex, unit_vectors
+from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
+from ctd_scale.retrieval.scann_index import ScannIndex
 from ctd_scale.retrieval.text import TextIndex
+from ctd_scale.retrieval.tree_index import MIN_TREE_ITEMS, load_shards, save_shards, united
 
 VECTORS, SOURCES = "vectors.npy", "sources.npy"
 TEXT, SCANN, GRAPH = "text", "scann", "graph"
@@ -110,13 +112,19 @@ def _build_dense(
     """Unit vectors, and ScaNN over them where there are many; which engine that is, and its recall@10."""
     vectors = unit_vectors(vectors)
     np.save(folder / VECTORS, vectors)
-    if len(vectors) <= max(config.exact_limit, MIN_SCANN_ITEMS):
+    if len(vectors) <= max(config.exact_limit, MIN_TREE_ITEMS):
         return "exact", 1.0
-    index = ScannIndex.build(vectors, config.target_recall, seed, queries)
-    index.save(folder / SCANN)
-    return "scann", index.recall
+    shards = ScannIndex.build_shards(vectors, config.shards, config.target_recall, seed, queries)
+    save_shards(shards, folder / SCANN)
+    return "scann", shards[0].recall
 
 
 def _load_dense(folder: Path) -> tuple[ndarray, DenseIndex]:
+    """The vectors, and what searches them. Raises ValueError: a shard is missing."""
     vectors = np.load(folder / VECTORS, mmap_mode="r")
-    return vectors, ScannIndex.load(folder / SCANN) if (folder / SCANN).is_dir() else ExactIndex(vectors)
+    if not (folder / SCANN).is_dir():
+        return vectors, ExactIndex(vectors)
+    shards = load_shards(ScannIndex, folder / SCANN)
+    if (items := sum(shard.settings.items for shard in shards)) != len(vectors):
+        raise ValueError(f"{folder / SCANN} holds {items} of {len(vectors)} items; rerun build_index")
+    return vectors, united(shards)

@@ -11,7 +11,9 @@ import pytest
 from ctd_scale.batches import Catalogue
 from ctd_scale.config import RetrievalConfig
 from ctd_scale.retrieval.build import build_index, load_index
-from ctd_scale.retrieval.dense import ExactIndex, ScannIndex
+from ctd_scale.retrieval.dense import ExactIndex
+from ctd_scale.retrieval.scann_index import ScannIndex
+from ctd_scale.retrieval.segments import SegmentedIndex
 
 ITEMS, DIM = 400, 8
 NONE = np.empty(0, dtype=np.int32)
@@ -49,6 +51,24 @@ def test_an_index_built_moved_and_loaded_answers(tmp_path: Path, exact_limit: in
     ids, scores = hybrid.search(item_vectors()[[5, 9]], matches, [NONE, NONE], k=3)
     assert ids[:, 0].tolist() == [5, 9]
     assert np.allclose(scores[:, 0], [1, 1.5], atol=1e-6)
+
+
+def test_an_index_of_shards_is_loaded_as_one(tmp_path: Path) -> None:
+    pytest.importorskip("scann")
+    config = RetrievalConfig(exact_limit=1, shards=3)
+    facts = build_index(item_vectors(), catalogue(), config, tmp_path, seed=0)
+    assert facts["recall"] >= config.target_recall
+    assert sorted(each.name for each in (tmp_path / "scann").iterdir()) == ["0", "1", "2"]
+    hybrid = load_index(tmp_path, ITEMS, pi=0.5)
+    assert isinstance(hybrid.dense, SegmentedIndex)
+    assert list(hybrid.dense.offsets) == [0, 134, 267, 400]
+    ids, scores = hybrid.search(item_vectors()[[5, 200, 399]], [NONE] * 3, [NONE] * 3, k=3)
+    assert ids[:, 0].tolist() == [5, 200, 399]
+    assert np.allclose(scores[:, 0], 1, atol=1e-6)
+
+    shutil.rmtree(tmp_path / "scann" / "1")
+    with pytest.raises(ValueError, match="holds 267 of 400 items; rerun build_index"):
+        load_index(tmp_path, ITEMS, pi=0.5)
 
 
 def test_a_catalogue_too_small_for_scann_is_searched_exactly(tmp_path: Path) -> None:
