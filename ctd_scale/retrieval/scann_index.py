@@ -22,12 +22,20 @@ class ScannIndex(TreeIndex):
     """
 
     name: ClassVar[str] = "ScaNN"
+    package: ClassVar[str] = "scann"
+    growth: ClassVar[float] = 0.75
+
+    @classmethod
+    def _library(cls) -> Any:
+        from scann.scann_ops.py import scann_ops_pybind
+
+        return scann_ops_pybind
 
     @classmethod
     def _trained(cls, vectors: Float32[ndarray, "items cond_dim"], leaves: int) -> ScannIndex:
         items, dim = vectors.shape
         searcher = (
-            _scann()
+            cls.library()
             .builder(vectors, CALIBRATION_KS[0], "dot_product")
             .tree(num_leaves=leaves, num_leaves_to_search=leaves, min_partition_size=1)
             .score_ah(min(2, dim), anisotropic_quantization_threshold=0.2)
@@ -52,15 +60,4 @@ class ScannIndex(TreeIndex):
     def _read(cls, folder: Path) -> Any:
         if (folder / "scann_docids.pkl").exists():
             raise ValueError(f"{folder} holds scann_docids.pkl, which ScaNN would unpickle and `save` never writes")
-        return _scann().load_searcher(str(folder), assets_backcompat_shim=False)
-
-
-def _scann() -> Any:
-    try:
-        from scann.scann_ops.py import scann_ops_pybind
-    except ImportError as error:
-        raise RuntimeError(
-            f"ScaNN cannot be imported ({error}); it has wheels for x86-64 Linux only. Here, raise "
-            "retrieval.exact_limit above the number of items, rerun build_index and search exactly"
-        ) from error
-    return scann_ops_pybind
+        return cls.library().load_searcher(str(folder), assets_backcompat_shim=False)

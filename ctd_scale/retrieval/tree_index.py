@@ -1,4 +1,4 @@
-"""What approximate engines have in common: vectors lie in the leaves of a tree, a search opens those nearest to it.
+"""What approximate engines have in common: vectors lie in the leaves of a tree, a search opens the nearest leaves.
 
 How many must be opened is measured when the index is built. A large catalogue may be split into shards of items that
 follow each other: each is trained by itself, and all are searched with an effort that is enough for the merged list.
@@ -33,7 +33,10 @@ Engine = TypeVar("Engine", bound="TreeIndex")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a calibration chose, and the recalls that it measured: of a shard, those of all shards together."""
+    """What a calibration chose, and the recalls that it measured: of a shard, those of all shards together.
+
+    `reorder`: so many candidates are scored again, exactly; 0 where the engine's scores are exact.
+    """
 
     items: int
     dim: int
@@ -51,6 +54,8 @@ class TreeIndex(ABC):
     searcher: Any
     settings: Settings
     name: ClassVar[str]
+    package: ClassVar[str]
+    growth: ClassVar[float]  # k times as many neighbours need k ** growth times as many leaves, by experience
 
     @property
     def recall(self) -> float:
@@ -112,13 +117,13 @@ class TreeIndex(ABC):
         ids = np.full((len(queries), k), -1, dtype=np.int32)
         cosines = np.full((len(queries), k), -np.inf, dtype=np.float32)
         width = min(k, settings.items)
-        if not ids.size:  # ScaNN refuses an empty batch
+        if not ids.size:  # engines refuse an empty batch
             return ids, cosines
         # The settings are for ten neighbours. More of them need that many more candidates, but since neighbours
-        # lie together not that many more leaves. The exponent is empirical; calibration holds it to recall@100.
+        # lie together not that many more leaves. Calibration holds the exponent to recall@100.
         times = max(1.0, k / CALIBRATION_KS[0])
         reorder = min(settings.items, max(width, math.ceil(settings.reorder * times)))
-        leaves = min(settings.leaves, math.ceil(settings.leaves_to_search * times**0.75))
+        leaves = min(settings.leaves, math.ceil(settings.leaves_to_search * times**self.growth))
         found, scores = self._found(queries, width, settings.leaves if width == settings.items else leaves, reorder)
         ids[:, :width], cosines[:, :width] = found, scores
         return ids, cosines
@@ -136,6 +141,30 @@ class TreeIndex(ABC):
         if not (folder / SETTINGS).is_file():
             raise ValueError(f"{folder} is no {cls.name} index: {SETTINGS} is missing; rerun build_index")
         return cls(cls._read(folder), Settings(**json.loads((folder / SETTINGS).read_text())))
+
+    @classmethod
+    def library(cls) -> Any:
+        """The engine's own module, imported when it is needed. Raises RuntimeError: it cannot be."""
+        try:
+            return cls._library()
+        except ImportError as error:
+            raise RuntimeError(
+                f"{cls.name} cannot be imported ({error}). Install {cls.package} where it has a wheel; here, set "
+                "retrieval.engine to another one, or retrieval.exact_limit above the number of items, and rerun "
+                "build_index"
+            ) from error
+
+    @classmethod
+    def importable(cls) -> bool:
+        try:
+            cls._library()
+        except ImportError:
+            return False
+        return True
+
+    @classmethod
+    @abstractmethod
+    def _library(cls) -> Any: ...
 
     @classmethod
     @abstractmethod
@@ -206,8 +235,8 @@ def _calibrated(
         return min(trial[0].recall, trial[0].recall_at_100)
 
     largest, most = (max(getattr(shard.settings, name) for shard in shards) for name in ("items", "leaves"))
-    reorder = min(2 * ks[0], largest)
-    while reorder < largest and worst(measured(most, reorder)) < (1 + target) / 2:
+    reorder = min(2 * ks[0], largest) if shards[0].settings.reorder else 0
+    while 0 < reorder < largest and worst(measured(most, reorder)) < (1 + target) / 2:
         reorder = min(2 * reorder, largest)
     leaves = 1
     while worst(trial := measured(leaves, reorder)) < target and leaves < most:
