@@ -216,8 +216,12 @@ class DiffusionConfig(Section):
 class RetrievalConfig(Section):
     """Hybrid retriever: cos * (1 + pi * match) over dense and text candidates (method: hybrid retriever)."""
 
-    exact_limit: Positive = Field(50_000, description="exact search up to this many items, ScaNN above")
+    engine: Literal["auto", "exact", "scann", "faiss"] = Field(
+        "auto", description="who searches by vector; auto: exact up to exact_limit, above it ScaNN, or faiss without it"
+    )
+    exact_limit: Positive = Field(50_000, description="exact search up to this many items, where engine = auto")
     target_recall: Fraction = 0.95
+    shards: Positive = Field(1, description="parts of the catalogue that are built one by one and searched together")
     text_candidates: Positive = Field(20, description="size of the match set of a text")
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("torch", "ray", "numpy", "torch-geometric", "deepspeed", "transformers", "scann")
+PACKAGES = ("torch", "ray", "numpy", "torch-geometric", "deepspeed", "transformers", "scann", "faiss-cpu")
 
 
 def machine() -> str:

@@ -34,7 +34,10 @@ CHECKED = [
     *(f"tokenizer.{name}" for name in ("kway", "losses")),
     *(f"llm.{name}" for name in ("choices", "collator", "losses", "model", "prompts", "windows")),
     *(f"diffusion.{name}" for name in ("denoiser", "objective", "sampler")),
-    *(f"retrieval.{name}" for name in ("dense", "hybrid", "segments", "text")),
+    *(
+        f"retrieval.{name}"
+        for name in ("dense", "faiss_index", "hybrid", "scann_index", "segments", "text", "tree_index")
+    ),
 ]
 install_import_hook([f"ctd_scale.{name}" for name in CHECKED], "beartype.beartype")
 

@@ -1,7 +1,8 @@
 """Write and read the `index` artifact.
 
 `vectors.npy` (unit length) and `text/`; `cold/`, which places items by their words; `graph/` with `sources.npy` and the
-lifted `vectors.npy`; and beside either vectors `scann/` for large catalogues.
+lifted `vectors.npy`; and beside either vectors `scann/` or `faiss/` for large catalogues (with several shards
+`scann/0`, `scann/1`, ...).
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from ctd_scale.batches import Catalogue
 from ctd_scale.config import RetrievalConfig
 from ctd_scale.retrieval.cold import TextProjection, fit_projection
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever, graph_sources, lift, read_histories
-from ctd_scale.retrieval.dense import MIN_SCANN_ITEMS, DenseIndex, ExactIndex, ScannIndex, unit_vectors
+from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
+from ctd_scale.retrieval.faiss_index import FaissIndex
 from ctd_scale.retrieval.hybrid import HybridRetriever
+from ctd_scale.retrieval.scann_index import ScannIndex
 from ctd_scale.retrieval.text import TextIndex
+from ctd_scale.retrieval.tree_index import MIN_TREE_ITEMS, TreeIndex, load_shards, save_shards, united
 
 VECTORS, SOURCES, TRAINED = "vectors.npy", "sources.npy", "trained.npy"
-TEXT, SCANN, GRAPH, COLD = "text", "scann", "graph", "cold"
+TEXT, GRAPH, COLD = "text", "graph", "cold"
+# By folder; the first that can be imported is taken. Neither is, until it builds or loads.
+ENGINES: dict[str, type[TreeIndex]] = {"scann": ScannIndex, "faiss": FaissIndex}
 
 
 def build_index(
@@ -36,12 +42,13 @@ def build_index(
     queries: Float32[ndarray, "queries cond_dim"] | None = None,
     degrees: Integer[ndarray, "items"] | None = None,
 ) -> dict[str, Any]:
-    """Build the index of a catalogue into `folder`; ScaNN is calibrated on `queries` where they are given. An item of
-    degree 0, which no training interaction has, is placed by its words: as trained it is only what nobody wants.
+    """Build the index of a catalogue into `folder`; an engine is calibrated on `queries` where they are given. An item
+    of degree 0, which no training interaction has, is placed by its words: as trained it is only what nobody wants.
 
     Returns the facts of its manifest: engine, recall (recall@10, 1.0 for exact search), items, dim, seconds, cold_items
     and cold_cosine (of vectors by words and trained vectors).
-    Raises ValueError: another number of vectors than of items, or an item whose vector has no direction.
+    Raises ValueError: another number of vectors than of items, or an item whose vector has no direction. RuntimeError:
+    the engine is not installed.
     """
     if len(vectors) != len(catalogue):
         raise ValueError(
@@ -79,7 +86,7 @@ def build_graph_index(
     seed: int,
     histories: Sequence[Int32[ndarray, "_"]],
 ) -> dict[str, Any]:
-    """Build what `load_graph_index` reads into the same `folder`; ScaNN is calibrated on `histories`.
+    """Build what `load_graph_index` reads into the same `folder`; an engine is calibrated on `histories`.
 
     Returns facts of the manifest: graph_engine, graph_recall, graph_seconds.
     """
@@ -129,16 +136,40 @@ def _build_dense(
     seed: int,
     queries: Float32[ndarray, "queries dim"] | None,
 ) -> tuple[str, float]:
-    """Unit vectors, and ScaNN over them where there are many; which engine that is, and its recall@10."""
+    """Unit vectors, and what searches them where there are many; which engine that is, and its recall@10."""
     vectors = unit_vectors(vectors)
     np.save(folder / VECTORS, vectors)
-    if len(vectors) <= max(config.exact_limit, MIN_SCANN_ITEMS):
-        return "exact", 1.0
-    index = ScannIndex.build(vectors, config.target_recall, seed, queries)
-    index.save(folder / SCANN)
-    return "scann", index.recall
+    name = _engine(config, len(vectors))
+    if name == "exact":
+        return name, 1.0
+    shards = ENGINES[name].build_shards(vectors, config.shards, config.target_recall, seed, queries)
+    save_shards(shards, folder / name)
+    return name, shards[0].recall
+
+
+def _engine(config: RetrievalConfig, items: int) -> str:
+    """What is asked for, or by default the best that there is for so many items. Raises RuntimeError: none."""
+    if config.engine != "auto":
+        return config.engine
+    if items <= max(config.exact_limit, MIN_TREE_ITEMS):
+        return "exact"
+    for name, engine in ENGINES.items():
+        if engine.importable():
+            return name
+    raise RuntimeError(
+        f"neither ScaNN nor faiss can be imported, and {items} items are above retrieval.exact_limit="
+        f"{config.exact_limit}; install faiss-cpu (scann has wheels for x86-64 Linux only), or set "
+        "retrieval.engine='exact' and wait for a search of all items"
+    )
 
 
 def _load_dense(folder: Path) -> tuple[ndarray, DenseIndex]:
+    """The vectors, and what searches them. Raises ValueError: a shard is missing."""
     vectors = np.load(folder / VECTORS, mmap_mode="r")
-    return vectors, ScannIndex.load(folder / SCANN) if (folder / SCANN).is_dir() else ExactIndex(vectors)
+    for name, engine in ENGINES.items():
+        if (folder / name).is_dir():
+            shards = load_shards(engine, folder / name)
+            if (items := sum(shard.settings.items for shard in shards)) != len(vectors):
+                raise ValueError(f"{folder / name} holds {items} of {len(vectors)} items; rerun build_index")
+            return vectors, united(shards)
+    return vectors, ExactIndex(vectors)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, ScannIndex, unit_vectors
+from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
+from ctd_scale.retrieval.scann_index import ScannIndex
 from ctd_scale.retrieval.segments import SegmentedIndex, is_exact
 
 
@@ -74,7 +75,7 @@ def test_what_a_scann_segment_does_not_find_is_filled_by_the_others() -> None:
     pytest.importorskip("scann")
     built, added = unit(2000, 16), unit(50, 16, seed=1)
     scann = ScannIndex.build(built, target_recall=0.8, leaves=200)
-    scann = ScannIndex(scann._searcher, replace(scann.settings, leaves_to_search=1))
+    scann = ScannIndex(scann.searcher, replace(scann.settings, leaves_to_search=1))
     index = SegmentedIndex.of([ExactIndex(added[:20]), scann, ExactIndex(added[20:])], [20, 2000, 30])
     queries, k = unit(6, 16, seed=2), 100
     alone, _ = scann.search(queries, k)
