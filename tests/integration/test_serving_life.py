@@ -12,19 +12,24 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pyarrow as pa
 import pytest
 from serving_process import CTD, RECOMMEND, START_S, Server, started
 from tiny_run import make_tiny_run
 
 from ctd_scale.artifacts import Run
-from ctd_scale.recommender import Recommender
+from ctd_scale.batches import Catalogue
+from ctd_scale.changes import CURRENT, delete, roll_back, upsert
+from ctd_scale.live import rebuild_index
+from ctd_scale.recommender import Recommender, load_artifacts
 from ctd_scale.serving.load import ramp
 
 pytestmark = pytest.mark.slow
@@ -143,6 +148,60 @@ def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
     assert server.post(user_id="u1").json()["version"] == before
     lead_to(run.root)
     assert said() == f"now serving version {before}\n"
+
+
+def test_changes_of_the_catalogue_are_served_within_a_second_and_no_request_fails(server: Server, run: Run) -> None:
+    """New items come back, deleted ones do not, a new index takes over, and all of it can be taken back."""
+    done, statuses = threading.Event(), list[int]()
+
+    def ask(user: int) -> None:
+        with httpx.Client(base_url=server.client.base_url, timeout=60) as client:
+            while not done.is_set():
+                statuses.append(client.post(RECOMMEND, json={"user_id": f"u{user}"}).status_code)
+
+    def served(k: int = 50) -> dict[str, Any]:
+        answer: dict[str, Any] = server.post(user_id="u1", k=k, exclude_seen=False).json()
+        return {**answer, "ids": [item["item_id"] for item in answer["items"]]}
+
+    def seconds_until(wanted: Callable[[dict[str, Any]], bool]) -> float:
+        started = time.perf_counter()
+        while not wanted(served()):
+            assert time.perf_counter() - started < 30
+        return time.perf_counter() - started
+
+    before = served()
+    with ThreadPoolExecutor(2) as threads, ExitStack() as ending:
+        ending.callback(done.set)
+        asking = [threads.submit(ask, user) for user in (2, 3)]
+        new = pa.table({"item_id": ["new"], "title": ["Brand New Garden"], "category": ["drama"]})
+        upsert(run, new)
+        assert seconds_until(lambda answer: "new" in answer["ids"]) < 1
+        assert [item["item_id"] for item in server.client.get("/v1/items?query=brand").json()["items"]] == ["new"]
+        assert server.post(history=["i3", "new"]).status_code == 200
+        assert server.client.get("/v1/items/new/similar").status_code == 200
+        delete(run, [before["ids"][0]], Catalogue.load(run.fetch("interactions").path))
+        assert seconds_until(lambda answer: before["ids"][0] not in answer["ids"]) < 1
+        after = Recommender(run)
+        (wanted,) = after.recommend([after.log.full_history(1)], 50, exclude_seen=False)
+        changed = served()
+        assert changed["version"] == after.version
+        assert changed["ids"] == [after.catalogue.item_ids[item] for item in wanted.items]
+        rebuild_index(run, load_artifacts(run), run.read_config())
+        rebuilt = Recommender(run).version
+        seconds_until(lambda answer: answer["version"] == rebuilt)
+        assert sorted(served()["ids"]) == sorted(changed["ids"])
+        roll_back(run, 0)
+        seconds_until(lambda answer: answer["version"] == before["version"])
+        assert served()["ids"] == before["ids"]
+        (run.root / CURRENT).write_text("no number")  # what cannot be read is not served, and nothing ends
+        time.sleep(1)
+        assert served()["ids"] == before["ids"]
+        roll_back_file = json.dumps({"version": 0, "latest": 3})
+        (run.root / CURRENT).write_text(roll_back_file)
+        done.set()
+        for each in asking:
+            each.result()
+    assert set(statuses) == {200}
 
 
 def test_a_ramp_counts_every_answer_and_times_it(server: Server) -> None:
