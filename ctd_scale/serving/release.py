@@ -14,6 +14,7 @@ from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.recommender import RankStep, load_artifacts, load_rank, version_of
 from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.schema import Directory
 from ctd_scale.serving.telemetry import Telemetry
 
@@ -102,8 +103,8 @@ class Coordinator:
                 return source
         raise ArtifactError(f"version {version} is not served any more")
 
-    async def observe(self, records: Sequence[Record]) -> None:
-        """Count these requests."""
+    async def observe(self, records: Sequence[Record | Probe]) -> None:
+        """Count these requests, and what was probed."""
         self._telemetry.observe(records)
 
     async def metrics(self) -> str:
