@@ -33,6 +33,7 @@ from ctd_scale.retrieval.tree_index import Settings
 DIM, QUERIES, K = 64, 2000, 10
 RECALLS = (0.90, 0.95, 0.99)
 SECONDS = 1.0  # of searching per setting
+CONSTRUCTION = 100  # candidates that a graph looks at for the edges of an item
 EFFORTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 Search = Callable[[np.ndarray], np.ndarray]
 
@@ -120,7 +121,7 @@ def scann(leaves: int) -> Callable[[np.ndarray], Built]:
                 tried = replace(index.settings, leaves_to_search=searched, reorder=reorder)
                 yield f"leaves {searched}, reorder {reorder}", asked(tried)
 
-        return Built(map(ladder, (20, 40, 80, 160, 320)), index.save, ScannIndex.load)
+        return Built(map(ladder, (40, 160, 320, 640, 1280, 2560)), index.save, ScannIndex.load)
 
     return build
 
@@ -130,6 +131,8 @@ def faiss_index(factory: str, effort: str, others: Sequence[dict[str, int]]) -> 
         import faiss
 
         index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+        if "HNSW" in factory:
+            index.hnsw.efConstruction = CONSTRUCTION
         random = np.random.default_rng(0)
         index.train(vectors[random.choice(len(vectors), min(len(vectors), 200_000), replace=False)])
         index.add(vectors)
@@ -159,7 +162,7 @@ def faiss_index(factory: str, effort: str, others: Sequence[dict[str, int]]) -> 
 def usearch_index(vectors: np.ndarray) -> Built:
     from usearch.index import Index
 
-    index = Index(ndim=DIM, metric="ip", dtype="f32", connectivity=16, expansion_add=64)
+    index = Index(ndim=DIM, metric="ip", dtype="f32", connectivity=16, expansion_add=CONSTRUCTION)
     index.add(np.arange(len(vectors)), vectors, threads=os.cpu_count() or 1)
 
     def ladder() -> Iterator[tuple[str, Search]]:

@@ -112,21 +112,32 @@ class Run:
     def write_config(self, config: RunConfig) -> None:
         """Freeze the config, defaults included, as run.toml."""
         self.root.mkdir(parents=True, exist_ok=True)
-        text = tomli_w.dumps(config.model_dump(mode="json"))
-        write_text(self.root / "run.toml", text)
-        if not self.is_local:
-            filesystem, base = fsspec.url_to_fs(self.url)
-            filesystem.makedirs(base, exist_ok=True)
-            filesystem.pipe_file(f"{base}/run.toml", text.encode())
+        self.write_file("run.toml", tomli_w.dumps(config.model_dump(mode="json")))
 
     def read_config(self, overrides: Sequence[str] = ()) -> RunConfig:
         """The frozen config, with overrides on top."""
         local = self.root / "run.toml"
         if not self.is_local:
             self.root.mkdir(parents=True, exist_ok=True)
-            filesystem, base = fsspec.url_to_fs(self.url)
-            local.write_bytes(filesystem.cat_file(f"{base}/run.toml"))
+            local.write_text(self.read_file("run.toml"), encoding="utf-8")
         return load_config(local, overrides)
+
+    def read_file(self, relative: str) -> str:
+        """A small file of the run, wherever it lies."""
+        if self.is_local:
+            return (self.root / relative).read_text(encoding="utf-8")
+        filesystem, base = fsspec.url_to_fs(self.url)
+        return bytes(filesystem.cat_file(f"{base}/{relative}")).decode()
+
+    def write_file(self, relative: str, text: str) -> None:
+        """Write a small file of the run, so that a reader sees the old or the new one."""
+        local = self.root / relative
+        local.parent.mkdir(parents=True, exist_ok=True)
+        write_text(local, text)
+        if not self.is_local:
+            filesystem, base = fsspec.url_to_fs(f"{self.url}/{relative}")
+            filesystem.makedirs(base.rpartition("/")[0], exist_ok=True)
+            filesystem.pipe_file(base, text.encode())
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -134,13 +145,8 @@ class Run:
         """The manifest of a published artifact, or None."""
         if not self.exists(f"{name}/{MANIFEST}"):
             return None
-        if self.is_local:
-            text = (self.root / name / MANIFEST).read_text()
-        else:
-            filesystem, base = fsspec.url_to_fs(self.url)
-            text = filesystem.cat_file(f"{base}/{name}/{MANIFEST}").decode()
         try:
-            manifest: dict[str, Any] = json.loads(text)
+            manifest: dict[str, Any] = json.loads(self.read_file(f"{name}/{MANIFEST}"))
         except json.JSONDecodeError as error:
             raise ArtifactError(f"{self.url}/{name}/{MANIFEST} is not JSON ({error}); {_rerun(name)}") from None
         if manifest.get("schema_version") != SCHEMA_VERSION:

@@ -48,6 +48,15 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.item_ids)
 
+    def save(self, folder: Path) -> None:
+        columns = {"item_id": self.item_ids, "title": self.titles, "category": self.categories}
+        write_table(pa.table(columns), folder / "items.parquet")
+
+    @classmethod
+    def load(cls, folder: Path) -> Catalogue:
+        items = read_table(folder / "items.parquet")
+        return cls(items["item_id"].to_pylist(), items["title"].to_pylist(), items["category"].to_pylist())
+
 
 @dataclass(frozen=True)
 class InteractionLog:
@@ -146,23 +155,15 @@ class InteractionLog:
         if self.cuts is not None:
             (folder / "cuts.json").write_text(json.dumps(self.cuts))
         write_table(pa.table({"user_id": self.user_ids}), folder / "users.parquet")
-        columns = {
-            "item_id": self.catalogue.item_ids,
-            "title": self.catalogue.titles,
-            "category": self.catalogue.categories,
-        }
-        write_table(pa.table(columns), folder / "items.parquet")
+        self.catalogue.save(folder)
 
     @classmethod
     def load(cls, folder: Path) -> InteractionLog:
-        items = read_table(folder / "items.parquet")
         return cls(
             offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
             items=np.load(folder / "items.npy", mmap_mode="r"),
             user_ids=read_table(folder / "users.parquet")["user_id"].to_pylist(),
-            catalogue=Catalogue(
-                items["item_id"].to_pylist(), items["title"].to_pylist(), items["category"].to_pylist()
-            ),
+            catalogue=Catalogue.load(folder),
             times=np.load(times, mmap_mode="r") if (times := folder / "times.npy").exists() else None,
             cuts=tuple(json.loads(cuts.read_text())) if (cuts := folder / "cuts.json").exists() else None,
         )

@@ -73,7 +73,7 @@ def _index(run: Run, config: RunConfig, config_hash: str) -> None:
     facts: dict[str, Any] = {}
     inputs = {artifact.name: artifact.digest for artifact in (interactions, llm, preferences, graph, embeddings)}
     with run.publish("index", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
-        facts |= build_index(load_vectors(llm.path), log.catalogue, settings, folder, seed, asked.vectors)
+        facts |= build_index(load_vectors(llm.path), log.catalogue, settings, folder, seed, asked.vectors, degrees)
         facts |= build_graph_index(items, degrees, settings, folder, seed, histories)
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ctd_scale.artifacts import Run, put_file
 from ctd_scale.batches import InteractionLog
+from ctd_scale.changes import read_changes
 from ctd_scale.parts import part_name, write_parts
 from ctd_scale.recommender import (
     BaselineRecommender,
@@ -58,7 +59,7 @@ def recommend_all(run: Run, out: str, order: Order) -> int:
         raise ValueError(f"--k {order.k}: expected at least 1")
     if order.model and order.explain:
         raise ValueError(f"--explain needs the chain; {order.model} says nothing")
-    version = baseline_version(run, order.model) if order.model else version_of(load_artifacts(run))
+    version = baseline_version(run, order.model) if order.model else version_of(load_artifacts(run), read_changes(run))
     users = InteractionLog.load(run.fetch("interactions").path).num_users
     asked = {"version": version, **asdict(order), "users": users, "users_per_part": PART_USERS}
     filesystem, root = fsspec.url_to_fs(out)

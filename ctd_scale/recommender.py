@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -19,8 +19,10 @@ from numpy import ndarray
 from ctd_scale.artifacts import Artifact, Run
 from ctd_scale.baselines.scorers import KNOWS_USERS, SCORERS, trained_artifact
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Ranking, load_rankings
+from ctd_scale.changes import NO_CHANGES, Changes, read_changes
 from ctd_scale.config import RunConfig
 from ctd_scale.diffusion.inference import DensityModel
+from ctd_scale.live import Live, apply_changes, load_base
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.metrics import top_k
 from ctd_scale.retrieval.build import load_graph_index, load_index
@@ -58,10 +60,14 @@ class RetrieveStep:
     """Candidates around the preference, the draws and what the graph says, and their final order."""
 
     def __init__(self, retriever: HybridRetriever, graph: CollaborativeRetriever, config: RunConfig) -> None:
-        self.retriever, self.graph = retriever, graph
+        self.retriever, self.graph, self._config = retriever, graph, config
         self._tau = config.diffusion.draw_temperature
         self._candidates = config.diffusion.error_candidates
         self._text_candidates = config.retrieval.text_candidates
+
+    def over(self, retriever: HybridRetriever, graph: CollaborativeRetriever) -> RetrieveStep:
+        """The same step over another state of the catalogue."""
+        return RetrieveStep(retriever, graph, self._config)
 
     def pool(
         self,
@@ -122,7 +128,7 @@ class RetrieveStep:
         `tail` is the rest, where it is known already: it is the same for every ranking.
         """
         scores = fused_scores(pool, errors, ranking)
-        retriever = HybridRetriever(self.retriever.vectors, self.retriever.dense, self.retriever.text, ranking.pi)
+        retriever = replace(self.retriever, pi=ranking.pi)
         width = min(k, pool.ids.shape[1])
         ids, best = retriever.rank(pool.ids, scores, pool.matches, width)
         if k <= width and (ids >= 0).all():
@@ -176,6 +182,10 @@ class RankStep:
     def __init__(self, density: DensityModel, retrieve: RetrieveStep, ranking: Ranking) -> None:
         self.density, self.retrieve, self.ranking = density, retrieve, ranking
 
+    def over(self, retriever: HybridRetriever, graph: CollaborativeRetriever) -> RankStep:
+        """The same step over another state of the catalogue."""
+        return RankStep(self.density, self.retrieve.over(retriever, graph), self.ranking)
+
     def __call__(
         self,
         preferences: Float32[ndarray, "batch cond_dim"],
@@ -212,15 +222,16 @@ def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 class Recommender:
-    """The three steps, loaded from one run's artifacts."""
+    """The three steps, loaded from one run's artifacts and what was changed since in its catalogue."""
 
     def __init__(self, run: Run) -> None:
-        artifacts = load_artifacts(run)
+        artifacts, changes = load_artifacts(run), read_changes(run)
         self.config = run.read_config()
-        self.log = InteractionLog.load(artifacts["interactions"].path)
-        self.version = version_of(artifacts)
+        self.version = version_of(artifacts, changes)
         self.preference = load_preference(artifacts, self.config)
-        self.rank = load_rank(artifacts, self.config)
+        self._live = apply_changes(load_base(run, artifacts, changes), changes)
+        self.log = replace(InteractionLog.load(artifacts["interactions"].path), catalogue=self._live.catalogue)
+        self.rank = load_rank(artifacts, self.config, self._live)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -241,9 +252,10 @@ class Recommender:
             raise ValueError(f"k={k}, expected at least 1")
         if not histories:
             return []
-        preferences = self.preference(histories)
-        texts = self.preference.texts(histories) if explain else [""] * len(histories)
-        return self.rank(preferences, histories, texts, excluded_items(histories, exclude_seen, excluded), k)
+        read = [self._live.read_as[history] for history in histories]
+        preferences = self.preference(read)
+        texts = self.preference.texts(read) if explain else [""] * len(read)
+        return self.rank(preferences, read, texts, excluded_items(histories, exclude_seen, excluded), k)
 
 
 class BaselineRecommender:
@@ -304,10 +316,12 @@ def load_artifacts(run: Run) -> dict[str, Artifact]:
     return found
 
 
-def version_of(artifacts: Mapping[str, Artifact]) -> str:
-    """Identity of everything that shapes an answer: 12 hex digits over the artifacts' digests."""
-    digests = json.dumps({name: artifacts[name].digest for name in ARTIFACTS})
-    return hashlib.sha256(digests.encode()).hexdigest()[:12]
+def version_of(artifacts: Mapping[str, Artifact], changes: Changes = NO_CHANGES) -> str:
+    """Identity of everything that shapes an answer: 12 hex digits over the artifacts' digests and the changes'."""
+    digests = {name: artifacts[name].digest for name in ARTIFACTS}
+    if changes.digest:
+        digests["changes"] = changes.digest
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]
 
 
 def baseline_version(run: Run, name: str) -> str:
@@ -327,12 +341,13 @@ def load_density(artifacts: dict[str, Artifact], config: RunConfig) -> DensityMo
     return DensityModel(artifacts["models/diffusion"].path, config.llm.preference_dim, config.diffusion, config.seed)
 
 
-def load_rank(artifacts: dict[str, Artifact], config: RunConfig) -> RankStep:
+def load_rank(artifacts: dict[str, Artifact], config: RunConfig, live: Live) -> RankStep:
     ranking = load_rankings(artifacts["ranking"].path)["full_text"]
-    return RankStep(load_density(artifacts, config), load_retrieve(artifacts, config), ranking)
+    return RankStep(load_density(artifacts, config), RetrieveStep(live.retriever, live.graph, config), ranking)
 
 
 def load_retrieve(artifacts: dict[str, Artifact], config: RunConfig) -> RetrieveStep:
+    """Over the run's own index, without what was changed since: what the models are measured on."""
     items = int(artifacts["index"].manifest["facts"]["items"])
     folder = artifacts["index"].path
     return RetrieveStep(load_index(folder, items, pi=0.0), load_graph_index(folder), config)

@@ -1,7 +1,8 @@
 """Write and read the `index` artifact.
 
-`vectors.npy` (unit length) and `text/`; `graph/` with `sources.npy` and the lifted `vectors.npy`; and beside either
-vectors `scann/` or `faiss/` for large catalogues (with several shards `scann/0`, `scann/1`, ...).
+`vectors.npy` (unit length) and `text/`; `cold/`, which places items by their words; `graph/` with `sources.npy` and the
+lifted `vectors.npy`; and beside either vectors `scann/` or `faiss/` for large catalogues (with several shards
+`scann/0`, `scann/1`, ...).
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Integer
+from jaxtyping import Bool, Float32, Int32, Integer
 from numpy import ndarray
 
 from ctd_scale.batches import Catalogue
 from ctd_scale.config import RetrievalConfig
+from ctd_scale.retrieval.cold import TextProjection, fit_projection
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever, graph_sources, lift, read_histories
 from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
 from ctd_scale.retrieval.faiss_index import FaissIndex
@@ -25,8 +27,8 @@ from ctd_scale.retrieval.scann_index import ScannIndex
 from ctd_scale.retrieval.text import TextIndex
 from ctd_scale.retrieval.tree_index import MIN_TREE_ITEMS, TreeIndex, load_shards, save_shards, united
 
-VECTORS, SOURCES = "vectors.npy", "sources.npy"
-TEXT, GRAPH = "text", "graph"
+VECTORS, SOURCES, TRAINED = "vectors.npy", "sources.npy", "trained.npy"
+TEXT, GRAPH, COLD = "text", "graph", "cold"
 # By folder; the first that can be imported is taken. Neither is, until it builds or loads.
 ENGINES: dict[str, type[TreeIndex]] = {"scann": ScannIndex, "faiss": FaissIndex}
 
@@ -38,10 +40,13 @@ def build_index(
     folder: Path,
     seed: int,
     queries: Float32[ndarray, "queries cond_dim"] | None = None,
+    degrees: Integer[ndarray, "items"] | None = None,
 ) -> dict[str, Any]:
-    """Build the index of a catalogue into `folder`; an engine is calibrated on `queries` where they are given.
+    """Build the index of a catalogue into `folder`; an engine is calibrated on `queries` where they are given. An item
+    of degree 0, which no training interaction has, is placed by its words: as trained it is only what nobody wants.
 
-    Returns the facts of its manifest: engine, recall (recall@10, 1.0 for exact search), items, dim, seconds.
+    Returns the facts of its manifest: engine, recall (recall@10, 1.0 for exact search), items, dim, seconds, cold_items
+    and cold_cosine (of vectors by words and trained vectors).
     Raises ValueError: another number of vectors than of items, or an item whose vector has no direction. RuntimeError:
     the engine is not installed.
     """
@@ -51,13 +56,24 @@ def build_index(
         )
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    TextIndex.build(catalogue).save(folder / TEXT)
+    text = TextIndex.build(catalogue)
+    text.save(folder / TEXT)
+    vectors = unit_vectors(np.asarray(vectors))
+    trained = np.ones(len(vectors), bool) if degrees is None else np.asarray(degrees) > 0
+    np.save(folder / TRAINED, trained)
+    projection = fit_projection(text, vectors, trained, seed)
+    projection.save(folder / COLD)
+    if not trained.all():
+        vectors = np.array(vectors)
+        vectors[~trained] = projection(text.counts.tocsr()[~trained])
     engine, recall = _build_dense(vectors, config, folder, seed, queries)
     return {
         "engine": engine,
         "recall": recall,
         "items": len(vectors),
         "dim": vectors.shape[1],
+        "cold_items": int((~trained).sum()),
+        "cold_cosine": round(projection.cosine, 4),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -96,6 +112,13 @@ def load_index(folder: Path, catalogue_size: int, pi: float) -> HybridRetriever:
     if len(vectors) != catalogue_size:
         raise ValueError(f"{folder} has {len(vectors)} items but the catalogue has {catalogue_size}; rerun build_index")
     return HybridRetriever(vectors, dense, TextIndex.load(folder / TEXT), pi)
+
+
+def load_cold(folder: Path) -> tuple[TextProjection, Bool[ndarray, "items"]]:
+    """What places an item by its words, and which items training has seen. Raises ValueError where neither is there."""
+    if not (folder / TRAINED).is_file():
+        raise ValueError(f"{folder} has no {TRAINED}: it was built by an older version; rerun build_index")
+    return TextProjection.load(folder / COLD), np.load(folder / TRAINED)
 
 
 def load_graph_index(folder: Path) -> CollaborativeRetriever:

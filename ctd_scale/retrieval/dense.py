@@ -14,6 +14,7 @@ from jaxtyping import Float32, Float64, Int, Int32
 from numpy import ndarray
 
 from ctd_scale.metrics import top_k
+from ctd_scale.retrieval.grown import GrownVectors
 
 # Items and numbers of one block of scores: 64 MiB of float32, however large batch and catalogue are.
 CHUNK_ITEMS = 65_536
@@ -74,7 +75,7 @@ class ExactIndex:
 
 
 def exact_search(
-    vectors: Float32[ndarray, "items cond_dim"],
+    vectors: Float32[ndarray, "items cond_dim"] | GrownVectors,
     queries: Float32[ndarray, "batch cond_dim"],
     k: int,
     *,

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from numpy import ndarray
 
 from ctd_scale.retrieval.dense import DenseIndex, exact_search, unit_vectors
+from ctd_scale.retrieval.grown import GrownVectors
 from ctd_scale.retrieval.text import TextIndex
 
 
@@ -29,16 +30,18 @@ def hybrid_scores(
 
 @dataclass(frozen=True)
 class HybridRetriever:
-    """The retriever over unit item vectors [items, cond_dim]; without `text`, nothing ever matches.
+    """The retriever over unit item vectors [items, cond_dim]; without `text`, nothing ever matches, and what is
+    `deleted` never comes back.
 
     The lists that go in, one array of item indices per user, may be in any order and hold repeats; an index
     outside the catalogue is a ValueError. What comes out is padded with id -1 and score -inf.
     """
 
-    vectors: Float32[ndarray, "items cond_dim"]
+    vectors: Float32[ndarray, "items cond_dim"] | GrownVectors
     dense: DenseIndex
     text: TextIndex | None
     pi: float
+    deleted: Bool[ndarray, "items"] | None = None
 
     def __post_init__(self) -> None:
         if not self.pi >= 0:
@@ -48,7 +51,8 @@ class HybridRetriever:
         """The match set of each text, at most `limit` items, best first."""
         if self.text is None:
             return [np.empty(0, dtype=np.int32) for _ in texts]
-        return self.text.matches(texts, limit)
+        found = self.text.matches(texts, limit)
+        return found if self.deleted is None else [ids[~self.deleted[ids]] for ids in found]
 
     def pool(
         self,
@@ -82,6 +86,8 @@ class HybridRetriever:
             ids, _ = self.dense.search(pending, k)
             found = owner[:, None] * items + ids
             allowed = (ids >= 0) & ~np.isin(found, banned)
+            if self.deleted is not None:
+                allowed &= ~self.deleted[ids]
             nearest = allowed & (np.cumsum(allowed, axis=1) <= size)
             done = (nearest.sum(axis=1) == size) | (k == items)
             pairs.append(found[nearest & done[:, None]])
@@ -143,7 +149,7 @@ class HybridRetriever:
         size: int,
     ) -> Int64[ndarray, "candidates"]:
         """The candidates of one user, exactly, from what is left to see."""
-        allowed = np.ones(len(self.vectors), dtype=bool)
+        allowed = np.ones(len(self.vectors), dtype=bool) if self.deleted is None else ~self.deleted
         allowed[excluded] = False
         ids, _ = exact_search(self.vectors, unit_vectors(queries, "query"), size, among=np.flatnonzero(allowed))
         return np.concatenate([ids[ids >= 0], matches[allowed[matches]]]).astype(np.int64)

@@ -16,7 +16,7 @@ compiled = numba.njit(nogil=True, cache=True)
 
 @compiled
 def best_documents(words, counts, offsets, ids, impacts, maxima, scores, limit):  # type: ignore[no-untyped-def]
-    """The `limit` documents of highest summed impact above 0, best first, ties by number.
+    """The `limit` documents of highest summed impact above 0, best first, ties by number; and these sums.
 
     `counts` says how often each (distinct) word is asked for, `maxima` is the largest impact of every word, `scores` is
     scratch: one zero per document, and zeros again afterwards.
@@ -48,8 +48,9 @@ def best_documents(words, counts, offsets, ids, impacts, maxima, scores, limit):
     found = keep_hopeful(met, found, scores, least)
     best = np.sort(met[:found])
     best = best[np.argsort(-scores[best], kind="mergesort")]
+    sums = scores[best]
     scores[best] = 0
-    return best[:limit]
+    return best[:limit], sums[:limit]
 
 
 @compiled

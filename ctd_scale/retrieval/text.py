@@ -5,8 +5,11 @@ Which words count is decided once, when the index is built: a word outside the v
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import bm25s
@@ -14,6 +17,7 @@ import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
 from jaxtyping import Float32, Int32
 from numpy import ndarray
+from scipy.sparse import csc_matrix, csr_matrix
 
 from ctd_scale.batches import Catalogue
 from ctd_scale.retrieval.postings import best_documents
@@ -21,21 +25,26 @@ from ctd_scale.retrieval.postings import best_documents
 # The constant part of a generated answer: it says nothing about any item.
 ANSWER_TEMPLATE = "The user might like products, such as"
 
+FACTS = "facts.json"
+
 # bm25s sets its logger to DEBUG, past whatever level the root logger has.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 
 class TextIndex:
-    """BM25 over "title category"."""
+    """BM25 over "title category", and over items that were added or altered since it was built."""
 
-    def __init__(self, bm25: bm25s.BM25) -> None:
-        self._bm25 = bm25
+    def __init__(self, bm25: bm25s.BM25, silent: set[str], mean_length: float) -> None:
+        self._bm25, self._silent, self._stop, self._mean_length = bm25, silent, _stop(silent), mean_length
         postings = bm25.scores
         self._offsets, self._ids, self._impacts = postings["indptr"], postings["indices"], postings["data"]
         starts = np.minimum(self._offsets[:-1], max(0, len(self._impacts) - 1))
         self._maxima = np.maximum.reduceat(self._impacts, starts) if len(self._impacts) else np.zeros(len(starts))
         self._size = int(postings["num_docs"])
         self._maxima = np.where(np.diff(self._offsets) > 0, self._maxima, 0).astype(np.float32)
+        # What came later: by word, the impact on each item; and the built items of which the index is out of date.
+        self._later: Mapping[str, Mapping[int, float]] = {}
+        self._altered: Int32[ndarray, "altered"] = np.zeros(0, np.int32)
 
     @classmethod
     def build(cls, catalogue: Catalogue, stop_text: str = ANSWER_TEMPLATE) -> TextIndex:
@@ -47,27 +56,71 @@ class TextIndex:
         if not len(catalogue):
             raise ValueError("the catalogue has no items; rerun prepare_interactions")
         silent = set(words(stop_text))
-        stop = silent.union(STOPWORDS_EN)
+        stop = _stop(silent)
         # An item without a word still is a document: it holds the empty word, which no text contains.
         # Numbers are given in order of appearance, so that the same catalogue gives the same files.
         vocabulary: dict[str, int] = {"": 0}
-        documents: list[list[int]] = []
-        for title, category in zip(catalogue.titles, catalogue.categories, strict=True):
-            of_title = words(title)
-            kept = [word for word in of_title if word not in stop] or [w for w in of_title if w not in silent]
-            kept += [word for word in words(category) if word not in stop]
-            documents.append([vocabulary.setdefault(word, len(vocabulary)) for word in kept or [""]])
+        documents = [
+            [vocabulary.setdefault(word, len(vocabulary)) for word in _kept(title, category, silent, stop) or [""]]
+            for title, category in zip(catalogue.titles, catalogue.categories, strict=True)
+        ]
         bm25 = bm25s.BM25(method="lucene", backend="numpy")  # lucene: a shared word always scores above 0
         bm25.index((documents, vocabulary), show_progress=False)
-        return cls(bm25)
+        return cls(bm25, silent, float(np.mean([len(document) for document in documents])))
+
+    @property
+    def counts(self) -> csc_matrix:
+        """What each word adds to the score of each item [items, words]; the columns are those of `describe`."""
+        return csc_matrix((self._impacts, self._ids, self._offsets), (self._size, len(self._offsets) - 1))
+
+    def describe(self, titles: Sequence[str], categories: Sequence[str]) -> csr_matrix:
+        """Rows as in `counts` for items that the index need not have; words that it does not know are left out."""
+        rows = [
+            {self._bm25.vocab_dict[word]: value for word, value in each.items() if word in self._bm25.vocab_dict}
+            for each in map(self._impacts_of, titles, categories)
+        ]
+        offsets = np.cumsum([0, *map(len, rows)])
+        numbers = np.array([number for row in rows for number in row], np.int64)
+        values = np.array([value for row in rows for value in row.values()], np.float32)
+        return csr_matrix((values, numbers, offsets), (len(rows), len(self._offsets) - 1))
+
+    def with_items(self, items: Int32[ndarray, "items"], titles: Sequence[str], categories: Sequence[str]) -> TextIndex:
+        """The same index in which these items, built ones or later ones, have these words. Words keep the weights that
+        they had when it was built."""
+        made = TextIndex(self._bm25, self._silent, self._mean_length)
+        made._altered = items[items < self._size].astype(np.int32)
+        later: dict[str, dict[int, float]] = {}
+        for item, title, category in zip(items.tolist(), titles, categories, strict=True):
+            for word, impact in self._impacts_of(title, category).items():
+                later.setdefault(word, {})[item] = impact
+        made._later = later
+        return made
+
+    def _impacts_of(self, title: str, category: str) -> dict[str, float]:
+        """BM25 as bm25s has it (Lucene's, k1 = 1.5, b = 0.75), with the frequencies of the built index."""
+        counts = Counter(_kept(title, category, self._silent, self._stop))
+        length = 1.5 * (0.25 + 0.75 * counts.total() / self._mean_length)
+        return {word: self._idf(word) * count / (length + count) for word, count in counts.items()}
+
+    def _idf(self, word: str) -> float:
+        number = self._bm25.vocab_dict.get(word)
+        often = 0 if number is None else int(self._offsets[number + 1] - self._offsets[number])
+        return float(np.log1p((self._size - often + 0.5) / (often + 0.5)))
 
     def save(self, folder: Path) -> None:
+        """Write what was built."""
         self._bm25.save(folder, show_progress=False)
+        facts = {"silent": sorted(self._silent), "mean_length": self._mean_length}
+        (folder / FACTS).write_text(json.dumps(facts) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> TextIndex:
         """Read what `save` wrote; the postings stay on disk, memory-mapped."""
-        return cls(bm25s.BM25.load(folder, mmap=True, show_progress=False, verbosity=0))
+        if not (folder / FACTS).is_file():
+            raise ValueError(f"{folder} has no {FACTS}: it was built by an older version; rerun build_index")
+        facts = json.loads((folder / FACTS).read_text())
+        bm25 = bm25s.BM25.load(folder, mmap=True, show_progress=False, verbosity=0)
+        return cls(bm25, set(facts["silent"]), float(facts["mean_length"]))
 
     def warm_up(self) -> None:
         """Compile what `matches` needs, so that no request waits for it."""
@@ -82,17 +135,41 @@ class TextIndex:
         return [self._match(text, limit, scores) for text in texts]
 
     def _match(self, text: str, limit: int, scores: Float32[ndarray, "items"]) -> Int32[ndarray, "matches"]:
-        known = [number for word in words(text) if (number := self._bm25.vocab_dict.get(word)) is not None]
-        if not known or limit < 1:
-            return np.empty(0, dtype=np.int32)
-        numbers, counts = np.unique(np.array(known, np.int64), return_counts=True)
-        return self._best(numbers, counts.astype(np.float32), limit, scores)
+        asked = Counter(words(text))
+        numbers = {word: self._bm25.vocab_dict[word] for word in asked if word in self._bm25.vocab_dict}
+        ids, sums = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        if numbers and limit > 0:
+            known = np.array(sorted((number, asked[word]) for word, number in numbers.items()), np.int64)
+            ids, sums = self._best(known[:, 0], known[:, 1].astype(np.float32), limit + len(self._altered), scores)
+        if not self._later:
+            return ids[: max(0, limit)]
+        later: dict[int, float] = {}
+        for word, n in asked.items():
+            for item, impact in self._later.get(word, {}).items():
+                later[item] = later.get(item, 0.0) + n * impact
+        current = ~np.isin(ids, self._altered)
+        ids = np.concatenate([ids[current], np.fromiter(later, np.int32)])
+        sums = np.concatenate([sums[current], np.fromiter(later.values(), np.float32)])
+        return ids[np.lexsort((ids, -sums))[: max(0, limit)]]
 
-    def _best(self, numbers: ndarray, counts: ndarray, limit: int, scores: ndarray) -> Int32[ndarray, "matches"]:
-        best: Int32[ndarray, "matches"] = best_documents(
+    def _best(
+        self, numbers: ndarray, counts: ndarray, limit: int, scores: ndarray
+    ) -> tuple[Int32[ndarray, "matches"], Float32[ndarray, "matches"]]:
+        best: tuple[ndarray, ndarray] = best_documents(
             numbers, counts, self._offsets, self._ids, self._impacts, self._maxima, scores, limit
         )
         return best
+
+
+def _stop(silent: set[str]) -> set[str]:
+    return silent.union(STOPWORDS_EN)
+
+
+def _kept(title: str, category: str, silent: set[str], stop: set[str]) -> list[str]:
+    """The words by which an item is found."""
+    of_title = words(title)
+    kept = [word for word in of_title if word not in stop] or [word for word in of_title if word not in silent]
+    return kept + [word for word in words(category) if word not in stop]
 
 
 def words(text: str) -> list[str]:

@@ -95,6 +95,8 @@ def swap(run: Run, config: RunConfig, url: str) -> str:
     source: Source = coordinator.publish.remote(source_of(run, config)).result(timeout_s=READY_TIMEOUT_S)
     deadline = time.monotonic() + SWAP_TIMEOUT_S
     while (served := _served_version(url)) != source.version:
+        # Its catalogue may have been changed meanwhile.
+        source = coordinator.current.remote(source).result(timeout_s=READY_TIMEOUT_S)
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"still serving version {served}; logs/serving of the run that was served first says why"

@@ -34,14 +34,13 @@ from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record, access_log
 from ctd_scale.serving.picture import flattened
 from ctd_scale.serving.probe import Probe, Searched, keep_probing
-from ctd_scale.serving.release import KEPT_VERSIONS, Release, Source, open_release
-from ctd_scale.serving.schema import Directory, RecommendRequest, picture_object, ranked_items, response_object
+from ctd_scale.serving.release import KEPT_VERSIONS, Release, Source, open_release, serving_log
+from ctd_scale.serving.schema import RecommendRequest, picture_object, ranked_items, response_object
 from ctd_scale.serving.telemetry import CACHE_HIT
 
 SEND_RECORDS_S = 0.5
-FOLLOW_S = 1.0  # how soon a replica learns of another version
+FOLLOW_S = 0.25  # how soon a replica learns of another version
 LOG_BYTES, LOG_FILES = 50_000_000, 4
-serving_log = logging.getLogger("ctd_scale.serving")
 
 
 class Step:
@@ -68,7 +67,7 @@ class Preference(Step):
         self._models: OrderedDict[str, PreferenceModel] = OrderedDict()
         self._loading = asyncio.Lock()
         _configure_batches(config, self.preference, self.text)
-        await self._model((await coordinator.current.remote(None)).version)
+        await self._model((await coordinator.current.remote(None)).models)
 
     @serve.batch  # type: ignore[untyped-decorator]
     async def preference(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[Float32[ndarray, "cond_dim"]]:
@@ -164,8 +163,8 @@ class App(Step):
             try:
                 source = await self._coordinator.current.remote(source)
                 if source.number > max(refused, self._release.source.number):
-                    release = await asyncio.to_thread(open_release, source)
-                    await self._preference.preference.remote((source.version, np.zeros(1, np.int32)))
+                    release = await asyncio.to_thread(open_release, source, self._release)
+                    await self._preference.preference.remote((source.models, np.zeros(1, np.int32)))
                     self._release = release
             except Exception as error:
                 serving_log.exception("still serving version %s", self.version)
@@ -189,7 +188,7 @@ class App(Step):
 
     async def recommend(self, request: RecommendRequest) -> Answered:
         release = self._release
-        history, excluded = _resolved(release.directory, request)
+        history, excluded = _resolved(release, request)
         limit = self._config.max_ongoing_requests + self._config.max_queued_requests
         if self._in_progress >= limit:
             raise BackPressureError(num_queued_requests=self._in_progress, max_queued_requests=limit)
@@ -199,7 +198,7 @@ class App(Step):
             preference, text = await self._preference_after(release, history, seconds), ""
             if request.explain:
                 with timed("text", seconds):
-                    text = await _result(self._preference.text.remote((release.version, history)))
+                    text = await _result(self._preference.text.remote((release.source.models, history)))
             recommendation, behind = await self._ranked(Order(release, preference, history, text, excluded, request.k))
         finally:
             self._in_progress -= 1
@@ -232,7 +231,7 @@ class App(Step):
 
     async def picture(self, request: RecommendRequest) -> dict[str, Any]:
         release = self._release
-        history, excluded = _resolved(release.directory, request)
+        history, excluded = _resolved(release, request)
         preference = await self._preference_after(release, history, {})
         draws = await self._compute(release.rank.density.draws, preference[None])
         near = partial(release.rank.retrieve.pool, draws=draws, histories=None)
@@ -283,15 +282,16 @@ class App(Step):
             seconds[CACHE_HIT] = 0.0
             return known[read]
         with timed("preference", seconds):
-            preference = await _result(self._preference.preference.remote((release.version, history)))
+            preference = await _result(self._preference.preference.remote((release.source.models, history)))
         known[read] = preference
         while len(known) > self._config.cached_preferences:
             known.popitem(last=False)
         return preference
 
 
-def _resolved(directory: Directory, request: RecommendRequest) -> tuple[Int32[ndarray, "_"], Int32[ndarray, "_"]]:
-    """The history of a request, and what may not come back. Raises RequestError."""
+def _resolved(release: Release, request: RecommendRequest) -> tuple[Int32[ndarray, "_"], Int32[ndarray, "_"]]:
+    """The history of a request as the models read it, and what may not come back. Raises RequestError."""
+    directory = release.directory
     history = directory.history(user_id=request.user_id, history=request.history)
     further = directory.excluded(
         items=request.exclude_items,
@@ -299,7 +299,7 @@ def _resolved(directory: Directory, request: RecommendRequest) -> tuple[Int32[nd
         exclude_categories=request.exclude_categories,
     )
     (excluded,) = excluded_items([history], request.exclude_seen, [further])
-    return history, excluded
+    return release.read_as[history], excluded
 
 
 def open_logs(folder: Path, requests: bool) -> None:

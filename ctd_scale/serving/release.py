@@ -1,18 +1,27 @@
-"""Which version is served, and everything of it that the endpoint holds."""
+"""Which version is served, and everything of it that the endpoint holds.
+
+A version is that of the models with the changes that were made to the catalogue since: where only these differ, nothing
+large is loaded again.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 from numpy import ndarray
 
 from ctd_scale.artifacts import Artifact, ArtifactError, Run
 from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.changes import in_force, read_changes
 from ctd_scale.config import RunConfig
-from ctd_scale.recommender import RankStep, load_artifacts, load_rank, version_of
+from ctd_scale.live import Base, apply_changes, load_base
+from ctd_scale.recommender import ARTIFACTS, RankStep, load_artifacts, load_rank, version_of
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.schema import Directory
@@ -20,23 +29,29 @@ from ctd_scale.serving.telemetry import Telemetry
 
 # What is served, and what was before: a request that began with the latter ends with it.
 KEPT_VERSIONS = 2
+# How soon a change of the catalogue is seen, in a folder and behind a URL.
+LOOK_S, LOOK_AFAR_S = 0.2, 5.0
+serving_log = logging.getLogger("ctd_scale.serving")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The artifacts of a run at one time. `number` counts what was served before."""
+    """The artifacts of a run at one time: `models` is their version, `version` that of all with the `changes` of this
+    number. `number` counts what was served before."""
 
     run: Run
     config: RunConfig
+    models: str
     version: str
+    changes: int = 0
     number: int = 0
 
     def artifacts(self) -> dict[str, Artifact]:
         """The artifacts, refused where they are no longer those of this version: a replica that starts late must not
         mix its answers with those of another model."""
         found = load_artifacts(self.run)
-        if version_of(found) != self.version:
-            raise ArtifactError(f"{self.run.url} is no longer version {self.version}; send SIGHUP to `ctd serve`")
+        if version_of(found) != self.models:
+            raise ArtifactError(f"{self.run.url} is no longer version {self.models}; send SIGHUP to `ctd serve`")
         return found
 
 
@@ -49,7 +64,20 @@ def source_of(run: Run, config: RunConfig) -> Source:
         # Replicas may live in another working directory, and a link may lead elsewhere later.
         folder = run.root.resolve()
         run = replace(run, storage=str(folder.parent), name=folder.name)
-    return Source(run, config, version_of(load_artifacts(run)))
+    artifacts, changes = load_artifacts(run), read_changes(run)
+    return Source(run, config, version_of(artifacts), version_of(artifacts, changes), changes.number)
+
+
+def changed(source: Source) -> Source:
+    """The same models with the changes that are in force now; itself where it has them. Raises ArtifactError."""
+    number, _ = in_force(source.run)
+    if number == source.changes:
+        return source
+    changes = read_changes(source.run, number)
+    artifacts = {name: source.run.fetch(name, verify=False) for name in ARTIFACTS}
+    if version_of(artifacts) != source.models:
+        raise ArtifactError(f"{source.run.url} is no longer version {source.models}; send SIGHUP to `ctd serve`")
+    return replace(source, version=version_of(artifacts, changes), changes=number)
 
 
 @dataclass(frozen=True)
@@ -57,9 +85,11 @@ class Release:
     """An opened version; `known` are preferences after histories that were read before."""
 
     source: Source
+    base: Base
     catalogue: Catalogue
     directory: Directory
     rank: RankStep
+    read_as: Int32[ndarray, "items"]
     known: OrderedDict[bytes, Float32[ndarray, "cond_dim"]] = field(default_factory=OrderedDict)
 
     @property
@@ -67,14 +97,22 @@ class Release:
         return self.source.version
 
 
-def open_release(source: Source) -> Release:
-    """Load what is behind the preference."""
+def open_release(source: Source, before: Release | None = None) -> Release:
+    """Load what is behind the preference. Of what was served `before` all is kept that is the same."""
+    changes = read_changes(source.run, source.changes)
+    if before is not None and before.source.models == source.models and before.base.built == changes.built:
+        live = apply_changes(before.base, changes)
+        directory = before.directory.with_catalogue(live.catalogue, live.places)
+        rank = before.rank.over(live.retriever, live.graph)
+        return Release(source, before.base, live.catalogue, directory, rank, live.read_as, before.known)
     artifacts = source.artifacts()
-    log = InteractionLog.load(artifacts["interactions"].path)
-    rank = load_rank(artifacts, source.config)
-    if rank.retrieve.retriever.text is not None:
-        rank.retrieve.retriever.text.warm_up()
-    return Release(source, log.catalogue, Directory(log), rank)
+    base = load_base(source.run, artifacts, changes)
+    live = apply_changes(base, changes)
+    if live.retriever.text is not None:
+        live.retriever.text.warm_up()
+    directory = Directory(InteractionLog.load(artifacts["interactions"].path), live.catalogue, live.places)
+    rank = load_rank(artifacts, source.config, live)
+    return Release(source, base, live.catalogue, directory, rank, live.read_as)
 
 
 class Coordinator:
@@ -83,25 +121,43 @@ class Coordinator:
     def __init__(self, source: Source) -> None:
         self._sources = [source]
         self._telemetry = Telemetry()
+        self._look_again, self._said = 0.0, ""
 
     async def current(self, known: Source | None) -> Source:
         """What is to be served. Whoever asks brings what it serves: after a failure this process knows no more than
         what it was started with, and learns the rest from them."""
         if known is not None and known.number > self._sources[-1].number:
             self._keep(known)
+        await self._look_for_changes()
         return self._sources[-1]
+
+    async def _look_for_changes(self) -> None:
+        """Take up what `ctd index` did to the catalogue; what cannot be read is logged once, and the rest goes on."""
+        now, served = time.monotonic(), self._sources[-1]
+        if now < self._look_again:
+            return
+        self._look_again = now + (LOOK_S if served.run.is_local else LOOK_AFAR_S)
+        try:
+            source = await asyncio.to_thread(changed, served)
+        except (ValueError, OSError) as error:
+            if str(error) != self._said:
+                serving_log.exception("the catalogue's changes cannot be served")
+            self._said = str(error)
+            return
+        if source is not served and served is self._sources[-1]:
+            self._keep(replace(source, number=served.number + 1))
 
     async def publish(self, source: Source) -> Source:
         """Serve this from now on."""
         self._keep(replace(source, number=self._sources[-1].number + 1))
         return self._sources[-1]
 
-    async def source(self, version: str) -> Source:
-        """Where a version lies. Raises ArtifactError where it is served no more."""
+    async def source(self, models: str) -> Source:
+        """Where the models of a version lie. Raises ArtifactError where they are served no more."""
         for source in reversed(self._sources):
-            if source.version == version:
+            if source.models == models:
                 return source
-        raise ArtifactError(f"version {version} is not served any more")
+        raise ArtifactError(f"version {models} is not served any more")
 
     async def observe(self, records: Sequence[Record | Probe]) -> None:
         """Count these requests, and what was probed."""
@@ -112,4 +168,6 @@ class Coordinator:
         return self._telemetry.text(self._sources[-1].version)
 
     def _keep(self, source: Source) -> None:
-        self._sources = [*self._sources, source][-KEPT_VERSIONS:]
+        """The latest source of each of the latest models."""
+        others = [each for each in self._sources if each.models != source.models]
+        self._sources = [*others, source][-KEPT_VERSIONS:]

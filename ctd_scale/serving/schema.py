@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any, Literal
 
 import numpy as np
@@ -114,13 +115,26 @@ class Health(_Strict):
 
 
 class Directory:
-    """From raw ids to histories of item indices."""
+    """From raw ids to histories of item indices. Given a catalogue that grew since the log was read, and the places of
+    its items, it knows these."""
 
-    def __init__(self, log: InteractionLog) -> None:
+    def __init__(
+        self, log: InteractionLog, catalogue: Catalogue | None = None, places: Mapping[str, int] | None = None
+    ) -> None:
         self._log = log
         self._users = {user_id: index for index, user_id in enumerate(log.user_ids)}
-        self._items = {item_id: index for index, item_id in enumerate(log.catalogue.item_ids)}
-        categories = pa.array(log.catalogue.categories, pa.string()).dictionary_encode()
+        catalogue = log.catalogue if catalogue is None else catalogue
+        self._know(catalogue, places or {item_id: index for index, item_id in enumerate(catalogue.item_ids)})
+
+    def with_catalogue(self, catalogue: Catalogue, places: Mapping[str, int]) -> Directory:
+        """The same users over other items."""
+        made = copy(self)
+        made._know(catalogue, places)
+        return made
+
+    def _know(self, catalogue: Catalogue, places: Mapping[str, int]) -> None:
+        self._items = places
+        categories = pa.array(catalogue.categories, pa.string()).dictionary_encode()
         self._categories = {name: code for code, name in enumerate(categories.dictionary.to_pylist())}
         self._category_of = categories.indices.to_numpy()
 

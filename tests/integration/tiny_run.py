@@ -70,8 +70,8 @@ def make_tiny_run(folder: Path, seed: int = 0) -> Run:
 
     facts: dict[str, object] = {"items": ITEMS, "dim": COND_DIM, "engine": "exact"}
     with publish("index", "interactions", "embeddings", "models/llm", **facts) as target:
-        build_index(vectors, log.catalogue, config.retrieval, target, config.seed)
         degrees = np.bincount(log.train_edges()[1], minlength=ITEMS)
+        build_index(vectors, log.catalogue, config.retrieval, target, config.seed, degrees=degrees)
         build_graph_index(items, degrees, config.retrieval, target, config.seed, [])
     digests["index"] = run.fetch("index").digest
 

@@ -1,0 +1,198 @@
+"""What was put into the catalogue of a run, altered and taken out after the run was made.
+
+`changes/000001/`, `changes/000002/`, ...: a version each, published once and never changed. Each says all that differs
+from the catalogue of `interactions`, by item id, so that it also holds over models that are trained anew.
+`changes/current.json` names the one in force; to go back is to write another number there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ctd_scale.artifacts import Artifact, ArtifactError, Run
+from ctd_scale.batches import Catalogue, read_table, write_table
+from ctd_scale.config import InteractionsConfig
+from ctd_scale.interactions.checking import read_catalogue
+from ctd_scale.interactions.quarantine import list_paths
+from ctd_scale.interactions.reading import expand
+from ctd_scale.interactions.schema import BadInputError, clean_titles
+
+FOLDER, CURRENT, ITEMS = "changes", "changes/current.json", "items.parquet"
+SCHEMA = pa.schema(
+    [("item_id", pa.string()), ("title", pa.string()), ("category", pa.string()), ("deleted", pa.bool_())]
+)
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Changes:
+    """One version: `table` has a row for each item that was ever touched. `built` is the version that holds an index of
+    its own, 0 where it is the run's."""
+
+    number: int
+    table: pa.Table
+    digest: str
+    built: int = 0
+
+    @property
+    def summary(self) -> str:
+        """How many items it says something of."""
+        deleted = pc.sum(self.table["deleted"]).as_py() or 0
+        return f"version {self.number}: {len(self.table) - deleted:,} put in or altered, {deleted:,} taken out"
+
+
+NO_CHANGES = Changes(0, SCHEMA.empty_table(), "")
+
+
+def in_force(run: Run) -> tuple[int, int]:
+    """The version in force (0: nothing was changed), and the latest that was made. Raises ArtifactError: the file that
+    says so cannot be read."""
+    if not run.exists(CURRENT):
+        return 0, 0
+    text = run.read_file(CURRENT)
+    try:
+        said = json.loads(text)
+        return int(said["version"]), int(said["latest"])
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(
+            f"{run.url}/{CURRENT} holds {text[:40]!r}, expected the number of a folder beside it and that of the last "
+            'one, such as {"version": 2, "latest": 3}'
+        ) from None
+
+
+def read_changes(run: Run, number: int | None = None) -> Changes:
+    """A version, verified; by default the one in force. Raises ArtifactError: missing or damaged."""
+    number = in_force(run)[0] if number is None else number
+    if number == 0:
+        return NO_CHANGES
+    artifact = fetch_version(run, number)
+    return Changes(number, read_table(artifact.path / ITEMS), artifact.digest, int(artifact.manifest["facts"]["built"]))
+
+
+def fetch_version(run: Run, number: int) -> Artifact:
+    """The folder of a version."""
+    if run.manifest(_name(number)) is None:
+        raise ArtifactError(f"{run.url}/{_name(number)} does not exist; `ctd index versions` lists those that do")
+    return run.fetch(_name(number))
+
+
+def versions(run: Run) -> list[Mapping[str, Any]]:
+    """The facts of every version, in their order: version, based_on, built, said."""
+    manifests = [run.manifest(_name(number)) for number in range(1, in_force(run)[1] + 1)]
+    return [manifest["facts"] for manifest in manifests if manifest is not None]
+
+
+def read_items(pattern: str, config: InteractionsConfig) -> pa.Table:
+    """item_id, title, category of a file, folder, glob or URL with the columns of the run's catalogue.
+
+    Raises BadInputError where any row is bad: a change is made as a whole or not at all.
+    """
+    paths = expand(pattern, "--items")
+    columns = {"item": config.item_column, "title": config.title_column, "category": config.category_column}
+    rows = read_catalogue(paths, columns)
+    bad = rows.filter(pc.is_valid(rows["reason"]))
+    if len(bad):
+        first = [f"  {paths[row['file']]}:{row['row']} {row['reason']}" for row in bad.slice(0, MAX_NAMED).to_pylist()]
+        raise BadInputError("\n".join([f"{list_paths(paths)}: {len(bad):,} of {len(rows):,} rows are bad", *first]))
+    return clean_titles(rows, config.max_title_chars)[0]
+
+
+def upsert(run: Run, items: pa.Table) -> Changes:
+    """Put items in, or give those that are there another title and category."""
+    columns = [items[name].combine_chunks() for name in ("item_id", "title", "category")]
+    rows = pa.table([*columns, pa.repeat(pa.scalar(False), len(items))], SCHEMA)
+    return _change(run, lambda _: rows, f"put in or altered {len(items):,} items")
+
+
+def delete(run: Run, item_ids: Sequence[str], catalogue: Catalogue) -> Changes:
+    """Take items out: they are never recommended. Histories may still name them. `catalogue` is that of the run.
+
+    Raises BadInputError: an item that is not there.
+    """
+    wanted = list(dict.fromkeys(item_ids))
+
+    def rows(before: Changes) -> pa.Table:
+        there = {row["item_id"]: row for row in before.table.to_pylist()}
+        missing = set(wanted) - there.keys()
+        for item_id, title, category in zip(catalogue.item_ids, catalogue.titles, catalogue.categories, strict=True):
+            if item_id in missing:
+                there[item_id] = {"item_id": item_id, "title": title, "category": category, "deleted": False}
+        unknown = [item_id for item_id in wanted if item_id not in there or there[item_id]["deleted"]]
+        if unknown:
+            named = ", ".join(f"{item_id[:64]!r}" for item_id in unknown[:MAX_NAMED])
+            raise BadInputError(f"{len(unknown):,} items are not in the catalogue, so none was taken out: {named}")
+        return pa.Table.from_pylist([{**there[item_id], "deleted": True} for item_id in wanted], SCHEMA)
+
+    return _change(run, rows, f"took out {len(wanted):,} items")
+
+
+def roll_back(run: Run, to: int | None = None) -> Changes:
+    """Put an earlier version (by default the one that the current was made from; 0: none) in force again.
+
+    Raises ArtifactError: there is no such version, or none before.
+    """
+    with alone(run):
+        number, latest = in_force(run)
+        if to is None:
+            if number == 0:
+                raise ArtifactError(f"{run.url} has no version before the one in force; `ctd index versions` lists all")
+            to = int(fetch_version(run, number).manifest["facts"]["based_on"])
+        found = read_changes(run, to)
+        _put_in_force(run, to, latest)
+        return found
+
+
+@contextmanager
+def next_version(
+    run: Run, before: Changes, table: pa.Table, said: str, inputs: Mapping[str, str], *, with_index: bool
+) -> Iterator[Path]:
+    """Publish a version and put it in force; yields its folder, for what else belongs to it. Nobody else may change the
+    run at the same time: see `alone`."""
+    number = in_force(run)[1] + 1
+    facts = {
+        "version": number,
+        "based_on": before.number,
+        "built": number if with_index else before.built,
+        "said": said,
+    }
+    with run.publish(_name(number), config_hash="", inputs=inputs, facts=facts) as folder:
+        write_table(table, folder / ITEMS)
+        yield folder
+    _put_in_force(run, number, number)
+
+
+def _change(run: Run, rows: Callable[[Changes], pa.Table], said: str) -> Changes:
+    with alone(run):
+        before = read_changes(run)
+        made = rows(before)
+        kept = before.table.filter(pc.invert(pc.is_in(before.table["item_id"], made["item_id"].combine_chunks())))
+        with next_version(run, before, pa.concat_tables([kept, made]), said, {}, with_index=False):
+            pass  # its table is all there is
+        return read_changes(run)
+
+
+@contextmanager
+def alone(run: Run) -> Iterator[None]:
+    """One change at a time on this machine; a second one waits."""
+    folder = run.root / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _put_in_force(run: Run, number: int, latest: int) -> None:
+    run.write_file(CURRENT, json.dumps({"version": number, "latest": latest}) + "\n")
+
+
+def _name(number: int) -> str:
+    return f"{FOLDER}/{number:06d}"

@@ -1,0 +1,211 @@
+"""Items that are put in, altered and taken out after a run was made, in one process. (Served: test_serving_life.)"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny_run import CATEGORIES, ITEMS, make_tiny_run
+
+from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.changes import CURRENT, delete, in_force, read_changes, read_items, roll_back, upsert, versions
+from ctd_scale.cli import main
+from ctd_scale.interactions.schema import BadInputError
+from ctd_scale.live import rebuild_index
+from ctd_scale.recommender import Recommender, load_artifacts
+
+pytestmark = pytest.mark.slow
+EVERYTHING = 2 * ITEMS
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return make_run(tmp_path)
+
+
+def make_run(folder: Path, seed: int = 0) -> Run:
+    """One whose pool of candidates is everything: then no item's score depends on which others there are."""
+    run = make_tiny_run(folder, seed)
+    run.write_config(run.read_config(["diffusion.error_candidates=400"]))
+    return run
+
+
+def items(*rows: tuple[str, str, str]) -> pa.Table:
+    return pa.Table.from_pylist([dict(zip(("item_id", "title", "category"), row, strict=True)) for row in rows])
+
+
+def ctd(*arguments: str) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["index", *arguments])
+
+
+def ids_of(recommender: Recommender, user: int = 0, k: int = EVERYTHING) -> list[str]:
+    (answer,) = recommender.recommend([recommender.log.full_history(user)], k, exclude_seen=False)
+    assert len(answer.scores) == len(set(answer.items)) == len(answer.items)
+    return [recommender.catalogue.item_ids[item] for item in answer.items]
+
+
+def test_what_is_put_in_comes_back_and_moves_nothing_else(run: Run) -> None:
+    before = Recommender(run)
+    assert upsert(run, items(("new", "Golden River", CATEGORIES[0]), ("odd", "", ""))).number == 1
+    after = Recommender(run)
+    assert before.version != after.version
+    assert sorted(ids_of(after)) == sorted([*before.catalogue.item_ids, "new", "odd"])
+    assert [each for each in ids_of(after) if each not in ("new", "odd")] == ids_of(before)
+    place = after.catalogue.item_ids.index("new")
+    assert after.catalogue.titles[place] == "Golden River"
+    assert place in after.rank.retrieve.find("Golden River", 50)
+    vectors = after.rank.retrieve.retriever.vectors
+    assert vectors.shape == (ITEMS + 2, before.preference.cond_dim)
+    assert np.allclose(np.linalg.norm(vectors[ITEMS:], axis=1), 1, atol=1e-5)
+    assert place not in after.rank.retrieve.similar(place, 3)[0]
+
+
+def test_a_new_item_in_a_history_is_read_as_the_nearest_trained_one(run: Run) -> None:
+    upsert(run, items(("new", "Golden River", CATEGORIES[0])))
+    recommender = Recommender(run)
+    vectors = recommender.rank.retrieve.retriever.vectors
+    trained = np.flatnonzero(np.bincount(recommender.log.train_edges()[1], minlength=ITEMS))
+    like = trained[int((vectors[trained] @ vectors[np.array([ITEMS])][0]).argmax())]
+    read, written = (
+        recommender.recommend([np.array([3, item], np.int32)], 10, exclude_seen=False)[0] for item in (ITEMS, like)
+    )
+    assert (read.items, read.scores) == (written.items, written.scores)
+    assert ITEMS not in recommender.recommend([np.array([3, ITEMS], np.int32)], EVERYTHING)[0].items
+
+
+def test_what_is_taken_out_never_comes_back_and_may_be_put_in_again(run: Run) -> None:
+    whole = Recommender(run)
+    first = ids_of(whole, k=3)
+    delete(run, first, whole.catalogue)
+    fewer = Recommender(run)
+    assert ids_of(fewer) == ids_of(whole)[3:]
+    assert not set(fewer.rank.retrieve.find(whole.catalogue.titles[whole.catalogue.item_ids.index(first[0])], 50)) & {
+        whole.catalogue.item_ids.index(item) for item in first
+    }
+    with pytest.raises(BadInputError, match=f"1 items are not in the catalogue, so none was taken out: '{first[0]}'"):
+        delete(run, ["i5", first[0]], whole.catalogue)
+    assert in_force(run) == (1, 1)
+    upsert(run, items((first[0], "Quite Another", "drama")))
+    again = Recommender(run)
+    assert ids_of(again) == [first[0], *ids_of(whole)[3:]]
+    assert again.catalogue.titles[whole.catalogue.item_ids.index(first[0])] == "Quite Another"
+    assert again.rank.retrieve.find("quite another", 5).tolist() == [whole.catalogue.item_ids.index(first[0])]
+
+
+def test_an_item_put_in_and_taken_out_leaves_nothing(run: Run) -> None:
+    before = Recommender(run)
+    upsert(run, items(("new", "Golden River", CATEGORIES[0])))
+    delete(run, ["new"], before.catalogue)
+    assert ids_of(Recommender(run)) == ids_of(before)
+
+
+def test_rolled_back_is_as_before_and_versions_stay(run: Run) -> None:
+    wanted = {0: Recommender(run)}
+    upsert(run, items(("a", "Red Empire", "drama")))
+    wanted[1] = Recommender(run)
+    delete(run, ["i1"], wanted[0].catalogue)
+    wanted[2] = Recommender(run)
+    assert len({each.version for each in wanted.values()}) == 3
+    for version in (1, 0):
+        assert roll_back(run).number == version
+        assert Recommender(run).version == wanted[version].version
+        assert ids_of(Recommender(run)) == ids_of(wanted[version])
+    with pytest.raises(ArtifactError, match="no version before"):
+        roll_back(run)
+    roll_back(run, 2)
+    assert ids_of(Recommender(run)) == ids_of(wanted[2])
+    with pytest.raises(ArtifactError, match="changes/000009 does not exist"):
+        roll_back(run, 9)
+    roll_back(run, 1)
+    assert upsert(run, items(("b", "Blue Garden", "crime"))).number == 3
+    assert sorted(set(ids_of(Recommender(run))) - set(ids_of(wanted[0]))) == ["a", "b"]
+    assert [(each["version"], each["based_on"]) for each in versions(run)] == [(1, 0), (2, 1), (3, 1)]
+
+
+@pytest.mark.parametrize("exact_limit", [50_000, 16])
+def test_built_anew_it_answers_as_before_and_can_be_changed_further(run: Run, exact_limit: int) -> None:
+    if exact_limit < ITEMS:
+        pytest.importorskip("scann")
+    config = run.read_config([f"retrieval.exact_limit={exact_limit}"])
+    old = Recommender(run)
+    upsert(run, items(("a", "Red Empire", "drama"), ("i3", "Renamed Night", "western"), ("b", "Blue Garden", "crime")))
+    delete(run, ["i1", "b"], old.catalogue)
+    before = Recommender(run)
+    assert rebuild_index(run, load_artifacts(run), config).built == 3
+    after = Recommender(run)
+    assert after.version != before.version
+    assert sorted(ids_of(after)) == sorted(ids_of(before))
+    assert [each for each in ids_of(after) if each != "a"] == [each for each in ids_of(before) if each != "a"]
+    assert after.catalogue.titles[3] == "Renamed Night"
+    assert after.rank.retrieve.find("renamed", 5).tolist() == [3]
+    upsert(run, items(("c", "Silver Machine", "drama")))
+    delete(run, ["a"], old.catalogue)
+    further = Recommender(run)
+    assert sorted(ids_of(further)) == sorted([*set(ids_of(before)) - {"a"}, "c"])
+    roll_back(run, 2)
+    assert ids_of(Recommender(run)) == ids_of(before)
+
+
+def test_changes_hold_over_models_that_are_trained_anew(run: Run, tmp_path: Path) -> None:
+    upsert(run, items(("a", "Red Empire", "drama")))
+    delete(run, ["i1"], Recommender(run).catalogue)
+    rebuild_index(run, load_artifacts(run), run.read_config())
+    other = make_run(tmp_path, seed=1)
+    assert other.root == run.root
+    found = Recommender(other)
+    assert sorted(ids_of(found)) == sorted(set(found.catalogue.item_ids) - {"i1"})
+    assert "a" in found.catalogue.item_ids
+
+
+def test_changes_made_at_once_are_all_kept(run: Run) -> None:
+    threads = [
+        threading.Thread(target=upsert, args=(run, items((f"n{number}", "Red River", "drama")))) for number in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    changes = read_changes(run)
+    assert changes.number == 8
+    assert sorted(changes.table["item_id"].to_pylist()) == [f"n{number}" for number in range(8)]
+
+
+def test_a_damaged_version_and_a_damaged_pointer_are_named(run: Run) -> None:
+    upsert(run, items(("a", "Red Empire", "drama")))
+    file = run.root / "changes/000001/items.parquet"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError, match=r"items\.parquet was changed after it was published"):
+        Recommender(run)
+    (run.root / CURRENT).write_text("3")
+    with pytest.raises(ArtifactError, match=r"changes/current\.json holds '3'"):
+        Recommender(run)
+
+
+def test_a_bad_row_stops_the_whole_change(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text("item_id,title\na,Alpha\n,Beta\na,Gamma\n")
+    with pytest.raises(BadInputError, match=r"2 of 3 rows are bad\n.*new.csv:2 missing item_id\n.*:3 duplicate"):
+        read_items(str(tmp_path / "new.csv"), run.read_config().interactions)
+
+
+def test_by_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "new.csv").write_text("item_id,title,category\na,Red Empire,drama\nb,Blue Garden,crime\n")
+    where = ["--run", str(run.root)]
+    ctd("upsert", *where, "--items", str(tmp_path / "new.csv"))
+    ctd("delete", *where, "--item", "i1", "--item", "b")
+    ctd("rebuild", *where)
+    ctd("rollback", *where)
+    ctd("versions", *where)
+    out = capsys.readouterr().out
+    assert "version 1: 2 put in or altered, 0 taken out" in out
+    assert "version 2: 1 put in or altered, 2 taken out" in out
+    assert "*    2  from    1  took out 2 items" in out
+    assert "     3  from    2  built the index anew" in out
+    assert json.loads((run.root / CURRENT).read_text()) == {"version": 2, "latest": 3}
+    with pytest.raises(SystemExit, match="2"):
+        main(["index", "delete", *where])
+    assert "nothing to take out" in capsys.readouterr().err
