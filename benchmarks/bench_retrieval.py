@@ -130,7 +130,7 @@ def faiss_index(factory: str, effort: str, others: Sequence[dict[str, int]]) -> 
     def build(vectors: np.ndarray) -> Built:
         import faiss
 
-        index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+        index: Any = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
         if "HNSW" in factory:
             index.hnsw.efConstruction = CONSTRUCTION
         random = np.random.default_rng(0)

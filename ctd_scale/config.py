@@ -263,6 +263,9 @@ class ServingConfig(Section):
     cached_preferences: Annotated[int, Field(ge=0)] = Field(
         100_000, description="preferences that each ingress replica keeps, by history"
     )
+    recall_probe_s: NotNegative = Field(
+        60.0, description="how often each ingress replica compares an approximate index with exact search; 0 = never"
+    )
     access_log: bool = Field(True, description="a line of JSON for every request")
 
     @model_validator(mode="after")

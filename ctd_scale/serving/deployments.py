@@ -33,6 +33,7 @@ from ctd_scale.recommender import Recommendation, excluded_items, load_preferenc
 from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record, access_log
 from ctd_scale.serving.picture import flattened
+from ctd_scale.serving.probe import Probe, Searched, keep_probing
 from ctd_scale.serving.release import KEPT_VERSIONS, Release, Source, open_release, serving_log
 from ctd_scale.serving.schema import RecommendRequest, picture_object, ranked_items, response_object
 from ctd_scale.serving.telemetry import CACHE_HIT
@@ -137,12 +138,16 @@ class App(Step):
     ) -> None:
         super().__init__(threads=1)
         self._config, self._preference, self._coordinator = config, preference, coordinator
-        self._records: list[Record] = []
+        self._records: list[Record | Probe] = []
+        self._searched: Searched | None = None
         self._warm, self._in_progress = False, 0
         _configure_batches(config, self._ranked)
         self._release: Release = await asyncio.to_thread(open_release, await coordinator.current.remote(None))
         open_logs(self._release.source.run.root / "logs" / "serving", config.access_log)
         self._following = asyncio.create_task(self._follow())
+        if every_s := config.recall_probe_s:
+            probing = keep_probing(every_s, self._take_searched, self._compute, self.observe)
+            self._probing = asyncio.create_task(probing)
 
     @property
     def version(self) -> str:
@@ -165,6 +170,10 @@ class App(Step):
                 serving_log.exception("still serving version %s", self.version)
                 if isinstance(error, ValueError | OSError):
                     refused = source.number
+
+    def _take_searched(self) -> Searched | None:
+        searched, self._searched = self._searched, None
+        return searched
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self, self._config)
@@ -193,6 +202,7 @@ class App(Step):
             recommendation, behind = await self._ranked(Order(release, preference, history, text, excluded, request.k))
         finally:
             self._in_progress -= 1
+        self._searched = Searched(release.version, release.rank.retrieve.retriever, preference)
         return Answered(response_object(release.version, recommendation, release.catalogue), seconds | behind)
 
     @serve.batch  # type: ignore[untyped-decorator]
@@ -250,7 +260,7 @@ class App(Step):
         text: str = await _result(self._coordinator.metrics.remote())
         return text
 
-    def observe(self, record: Record) -> None:
+    def observe(self, record: Record | Probe) -> None:
         """Keep a record until the next sending, half a second later at most: a call per request would cost more than
         what it tells."""
         self._records.append(record)

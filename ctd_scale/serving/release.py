@@ -23,6 +23,7 @@ from ctd_scale.config import RunConfig
 from ctd_scale.live import Base, apply_changes, load_base
 from ctd_scale.recommender import ARTIFACTS, RankStep, load_artifacts, load_rank, version_of
 from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.schema import Directory
 from ctd_scale.serving.telemetry import Telemetry
 
@@ -158,8 +159,8 @@ class Coordinator:
                 return source
         raise ArtifactError(f"version {models} is not served any more")
 
-    async def observe(self, records: Sequence[Record]) -> None:
-        """Count these requests."""
+    async def observe(self, records: Sequence[Record | Probe]) -> None:
+        """Count these requests, and what was probed."""
         self._telemetry.observe(records)
 
     async def metrics(self) -> str:

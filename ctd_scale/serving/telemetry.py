@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.probe import PROBED, Probe
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+RECALLS = tuple(found / PROBED for found in range(PROBED + 1))
 # A stage of no seconds: the preference was known.
 CACHE_HIT = "preference_cached"
 
@@ -31,11 +33,23 @@ class Telemetry:
             registry=registry,
         )
         self._cache = Counter("ctd_preference_cache", "Look-ups of a known preference.", ["outcome"], registry=registry)
+        self._recall = Histogram(
+            "ctd_index_recall",
+            "Share of the ten nearest items that the index found, by exact search now and then.",
+            ["version"],
+            buckets=RECALLS,
+            registry=registry,
+        )
+        self._probed: set[str] = set()
         self._version = Gauge("ctd_version_info", "1 for what is served.", ["version"], registry=registry)
 
-    def observe(self, records: Sequence[Record]) -> None:
-        """Count these requests."""
+    def observe(self, records: Sequence[Record | Probe]) -> None:
+        """Count these requests, and what was probed."""
         for record in records:
+            if isinstance(record, Probe):
+                self._recall.labels(record.version).observe(record.recall)
+                self._probed.add(record.version)
+                continue
             self._requests.labels(record.route, str(record.status)).inc()
             self._seconds.labels(record.route).observe(record.seconds)
             for stage, seconds in record.stages.items():
@@ -48,6 +62,9 @@ class Telemetry:
 
     def text(self, version: str) -> str:
         """Everything in Prometheus' text format, and the version that is served."""
+        for other in self._probed - {version}:
+            self._recall.remove(other)
+        self._probed &= {version}
         self._version.clear()
         self._version.labels(version).set(1)
         return generate_latest(self._registry).decode()

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from ctd_scale.artifacts import MAKERS
 from ctd_scale.config import load_config
 from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.telemetry import CACHE_HIT, Telemetry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +169,11 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     dashboard = json.loads((ROOT / "cluster" / "grafana" / "endpoint.json").read_text(encoding="utf-8"))
     telemetry = Telemetry()
     telemetry.observe(
-        [Record("1", "/v1/recommend", 200, 0.3, {"preference": 0.2}), Record("2", "/", 200, 0.1, {CACHE_HIT: 0.0})]
+        [
+            Record("1", "/v1/recommend", 200, 0.3, {"preference": 0.2}),
+            Record("2", "/", 200, 0.1, {CACHE_HIT: 0.0}),
+            Probe("v1", 0.9),
+        ]
     )
     names = {line.split("{")[0].split(" ")[0] for line in telemetry.text("v1").splitlines() if not line.startswith("#")}
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]

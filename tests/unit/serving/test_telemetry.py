@@ -7,6 +7,7 @@ import pytest
 
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.picture import flattened
+from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.telemetry import CACHE_HIT, Telemetry
 
 
@@ -34,6 +35,22 @@ def test_requests_stages_and_known_preferences_are_counted() -> None:
     ):
         assert line in lines
     assert not any(CACHE_HIT in line for line in lines if line.startswith("ctd_stage"))
+
+
+def test_the_recall_is_that_of_the_version_served() -> None:
+    telemetry = Telemetry()
+    telemetry.observe([Probe("v0", 0.2), Probe("v1", 0.9), Probe("v1", 1.0)])
+    lines = telemetry.text("v1").splitlines()
+    for line in (
+        'ctd_index_recall_bucket{le="0.8",version="v1"} 0.0',
+        'ctd_index_recall_bucket{le="0.9",version="v1"} 1.0',
+        'ctd_index_recall_count{version="v1"} 2.0',
+        'ctd_index_recall_sum{version="v1"} 1.9',
+    ):
+        assert line in lines
+    assert 'version="v0"' not in telemetry.text("v1")
+    telemetry.observe([Probe("v0", 0.2)])  # a replica that has not followed yet
+    assert 'version="v0"' not in telemetry.text("v1")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 20])
