@@ -163,11 +163,15 @@ def recommend(
     exclude_item: Annotated[
         list[str] | None, typer.Option(help="an item id that may not come back; repeatable")
     ] = None,
+    only_item: Annotated[list[str] | None, typer.Option(help="only this item id may come back; repeatable")] = None,
+    within: Annotated[
+        list[str] | None, typer.Option("--range", help="only items whose number lies within: price=5:20; repeatable")
+    ] = None,
     model: Annotated[str, typer.Option(help="a baseline of the run instead of the chain, such as sasrec")] = "",
 ) -> None:
     """Recommend for a known user, or after a history."""
     from ctd_scale.recommender import BaselineRecommender, Recommender
-    from ctd_scale.serving.schema import Directory, response_object
+    from ctd_scale.serving.schema import Directory, read_range, response_object
 
     if k < 1:
         raise ValueError(f"--k {k}: expected at least 1")
@@ -179,7 +183,11 @@ def recommend(
     resolved = directory.history(user_id=user, history=items)
     excluded = [
         directory.excluded(
-            items=exclude_item or (), categories=category or None, exclude_categories=exclude_category or ()
+            items=exclude_item or (),
+            categories=category or None,
+            exclude_categories=exclude_category or (),
+            only_items=only_item or None,
+            ranges=dict(map(read_range, within or ())),
         )
     ]
     if isinstance(recommender, BaselineRecommender):

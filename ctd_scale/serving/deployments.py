@@ -287,6 +287,8 @@ def _resolved(directory: Directory, request: RecommendRequest) -> tuple[Int32[nd
         items=request.exclude_items,
         categories=request.categories,
         exclude_categories=request.exclude_categories,
+        only_items=request.only_items,
+        ranges=request.ranges,
     )
     (excluded,) = excluded_items([history], request.exclude_seen, [further])
     return history, excluded

@@ -101,6 +101,11 @@ def test_filters_are_those_of_one_process(server: Server, recommender: Recommend
     assert_same(found, response_object(recommender.version, answer, catalogue))
     assert len(answer.items) == 5
     assert set(answer.items) <= allowed
+    priced = server.post(history=["i3", "i1"], k=50, ranges={"price": {"min": 2, "max": 8}}).json()["items"]
+    wanted = {f"i{item}" for item in range(40) if 4 <= item <= 16 and item % 5}
+    assert {item["item_id"] for item in priced} == wanted
+    only = server.post(history=["i3", "i1"], only_items=["i9", "i3", "i7"]).json()["items"]
+    assert {item["item_id"] for item in only} == {"i9", "i7"}
     everything = server.post(history=["i3", "i1"], k=50, exclude_categories=["comedy", "western", "crime"]).json()
     dramas = {f"i{item}" for item in range(40) if catalogue.categories[item] == "drama"}
     assert {item["item_id"] for item in everything["items"]} == dramas
