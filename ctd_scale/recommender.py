@@ -23,6 +23,7 @@ from ctd_scale.config import RunConfig
 from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.metrics import top_k
+from ctd_scale.retrieval.boosts import Boosts, boosted_pool, boosted_scores, factors_of
 from ctd_scale.retrieval.build import load_graph_index, load_index
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever
 from ctd_scale.retrieval.hybrid import HybridRetriever
@@ -43,6 +44,8 @@ class Pool:
     matches: list[Int32[ndarray, "_"]]
     excluded: list[Int32[ndarray, "_"]]
     preferences: Float32[ndarray, "batch cond_dim"]
+    # What requests boost; None: nothing.
+    factors: Float32[ndarray, "batch pool"] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,11 @@ class RetrieveStep:
         *,
         draws: Float32[ndarray, "batch draws cond_dim"] | None,
         histories: Sequence[Int32[ndarray, "_"]] | None,
+        boosts: Sequence[Boosts | None] | None = None,
     ) -> Pool:
-        """Union of the neighbours of the preference, of every draw, of each history in the graph, and of the text's
-        matches. Without draws or histories their neighbours are left out, and their scores are 0."""
+        """Union of the neighbours of the preference, of every draw, of each history in the graph, of the text's
+        matches, and of the preference among what is boosted. Without draws or histories their neighbours are left out,
+        and their scores are 0."""
         matches = self.retriever.matches(texts, self._text_candidates)
         nothing: list[ndarray] = [np.zeros(0, np.int32)] * len(texts)
         ids = self.retriever.pool(preferences[:, None], matches, excluded, self._candidates)
@@ -83,6 +88,8 @@ class RetrieveStep:
         if histories is not None:
             queries = self.graph.queries(histories)[:, None]
             ids = _union(ids, self.graph.retriever.pool(queries, nothing, excluded, self._candidates))
+        if boosts is not None:
+            ids = _union(ids, boosted_pool(self.retriever, preferences, boosts, excluded, self._candidates))
         unweighed = np.where(ids >= 0, np.float32(0), np.float32(-np.inf))
         return Pool(
             ids=ids,
@@ -95,6 +102,7 @@ class RetrieveStep:
             matches=matches,
             excluded=excluded,
             preferences=preferences,
+            factors=None if boosts is None else factors_of(boosts, ids),
         )
 
     def similar(self, item: int, k: int) -> tuple[Int32[ndarray, "k"], Float32[ndarray, "k"]]:
@@ -116,12 +124,14 @@ class RetrieveStep:
         k: int,
         tail: tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]] | None = None,
     ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
-        """The k best: the pool by its fused score, then, where k is larger, the rest by the preference.
+        """The k best: the pool by its fused and boosted score, then, where k is larger, the rest by the preference.
 
         The list for k is a prefix of the list for any larger k. Padded with -1 / -inf where fewer items exist.
         `tail` is the rest, where it is known already: it is the same for every ranking.
         """
         scores = fused_scores(pool, errors, ranking)
+        if pool.factors is not None:
+            scores = boosted_scores(scores, pool.factors)
         retriever = HybridRetriever(self.retriever.vectors, self.retriever.dense, self.retriever.text, ranking.pi)
         width = min(k, pool.ids.shape[1])
         ids, best = retriever.rank(pool.ids, scores, pool.matches, width)
@@ -184,17 +194,19 @@ class RankStep:
         excluded: list[Int32[ndarray, "_"]],
         k: int,
         seconds: dict[str, float] | None = None,
+        boosts: Sequence[Boosts | None] | None = None,
     ) -> list[Recommendation]:
-        """The k best items for each preference, history and text; `seconds` is told how long each part took. What the
-        ranking does not weigh is not made."""
+        """The k best items for each preference, history and text, and what each of them boosts; `seconds` is told how
+        long each part took. What the ranking does not weigh, or nobody boosts, is not made."""
         seconds, ranking = {} if seconds is None else seconds, self.ranking
+        wanted = boosts if boosts is not None and any(each is not None for each in boosts) else None
         draws, errors = None, None
         if ranking.draws or ranking.error:
             with timed("draws", seconds):
                 draws = self.density.draws(preferences)
         with timed("retrieve", seconds):
             read = histories if ranking.graph else None
-            pool = self.retrieve.pool(preferences, texts, excluded, draws=draws, histories=read)
+            pool = self.retrieve.pool(preferences, texts, excluded, draws=draws, histories=read, boosts=wanted)
         if ranking.error:
             with timed("error", seconds):
                 errors = self.density.errors(preferences, pool.vectors)
@@ -234,16 +246,19 @@ class Recommender:
         exclude_seen: bool = True,
         explain: bool = False,
         excluded: Sequence[Int32[ndarray, "_"]] | None = None,
+        boosts: Sequence[Boosts | None] | None = None,
     ) -> list[Recommendation]:
         """The k best items after each history, oldest item first. With `explain` the LLM also writes a text, and
-        items that agree with it gain. `excluded` are items that may not come back either, a list for each history."""
+        items that agree with it gain. `excluded` are items that may not come back either, a list for each history, and
+        `boosts` says for each what is to gain or lose."""
         if k < 1:
             raise ValueError(f"k={k}, expected at least 1")
         if not histories:
             return []
         preferences = self.preference(histories)
         texts = self.preference.texts(histories) if explain else [""] * len(histories)
-        return self.rank(preferences, histories, texts, excluded_items(histories, exclude_seen, excluded), k)
+        out = excluded_items(histories, exclude_seen, excluded)
+        return self.rank(preferences, histories, texts, out, k, boosts=boosts)
 
 
 class BaselineRecommender:

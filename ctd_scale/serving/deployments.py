@@ -30,6 +30,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ctd_scale.config import ServingConfig
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.recommender import Recommendation, excluded_items, load_preference, timed
+from ctd_scale.retrieval.boosts import Boosts
 from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record, access_log
 from ctd_scale.serving.picture import flattened
@@ -121,6 +122,7 @@ class Order:
     text: str
     excluded: Int32[ndarray, "_"]
     k: int
+    boosts: Boosts | None = None
 
 
 @serve.ingress()
@@ -181,6 +183,7 @@ class App(Step):
     async def recommend(self, request: RecommendRequest) -> Answered:
         release = self._release
         history, excluded = _resolved(release.directory, request)
+        boosts = release.directory.boosts(request.boosts)
         limit = self._config.max_ongoing_requests + self._config.max_queued_requests
         if self._in_progress >= limit:
             raise BackPressureError(num_queued_requests=self._in_progress, max_queued_requests=limit)
@@ -191,7 +194,8 @@ class App(Step):
             if request.explain:
                 with timed("text", seconds):
                     text = await _result(self._preference.text.remote((release.version, history)))
-            recommendation, behind = await self._ranked(Order(release, preference, history, text, excluded, request.k))
+            order = Order(release, preference, history, text, excluded, request.k, boosts)
+            recommendation, behind = await self._ranked(order)
         finally:
             self._in_progress -= 1
         return Answered(response_object(release.version, recommendation, release.catalogue), seconds | behind)
@@ -214,6 +218,7 @@ class App(Step):
                 [order.excluded for order in chosen],
                 max(order.k for order in chosen),
                 seconds,
+                [order.boosts for order in chosen],
             )
             for place, order, answer in zip(places, chosen, answers, strict=True):
                 cut = replace(answer, items=answer.items[: order.k], scores=answer.scores[: order.k])

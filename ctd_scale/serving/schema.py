@@ -13,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.recommender import Recommendation
+from ctd_scale.retrieval.boosts import Boosts
 
 # A message must stay short whatever was sent.
 MAX_NAMED, MAX_CHARS = 5, 64
+# Each different factor is a search of its own.
+MAX_BOOSTS = MAX_FACTORS = 16
 
 
 class RequestError(ValueError):
@@ -41,6 +44,14 @@ class Range(_Strict):
     max: float | None = Field(None, allow_inf_nan=False)
 
 
+class Boost(_Strict):
+    """Multiplies the scores of items of any of `categories`, or of `items`; negative scores are divided."""
+
+    categories: list[str] | None = None
+    items: list[str] | None = None
+    factor: float = Field(ge=0.01, le=100, description="above 1 they gain, below 1 they lose")
+
+
 class RecommendRequest(_Strict):
     """Exactly one of `history` and `user_id`."""
 
@@ -57,6 +68,9 @@ class RecommendRequest(_Strict):
         description="only items whose number lies within, by name (interactions.attribute_columns); an item without "
         "the number does not come back",
         examples=[{}],
+    )
+    boosts: list[Boost] = Field(
+        [], max_length=MAX_BOOSTS, description="items to be seen more, or less; several multiply", examples=[[]]
     )
     explain: bool = Field(False, description="let the LLM say what the user wants; items that agree with it gain")
 
@@ -204,6 +218,33 @@ class Directory:
         if not out:
             return named
         return np.concatenate([named, np.flatnonzero(np.logical_or.reduce(out))]).astype(np.int32)
+
+    def boosts(self, wanted: Sequence[Boost]) -> Boosts | None:
+        """The factors that these give to items; None where all have 1.
+
+        Raises RequestError: an unknown item or category, not exactly one of both, or too many different factors.
+        """
+        if not wanted:
+            return None
+        factors = np.ones(len(self._items), np.float32)
+        for place, each in enumerate(wanted):
+            field = f"boosts.{place}"
+            if bool(each.categories) == bool(each.items):
+                raise RequestError(f"{field}: give exactly one of categories and items, not empty")
+            if each.items:
+                factors[_looked_up(each.items, self._items, f"{field}.items", "item ids")] *= np.float32(each.factor)
+            else:
+                chosen = np.zeros(len(self._categories), bool)
+                names = each.categories or ()
+                chosen[_looked_up(names, self._categories, f"{field}.categories", "categories")] = True
+                factors[chosen[self._category_of]] *= np.float32(each.factor)
+        boosted = np.flatnonzero(factors != 1).astype(np.int32)
+        if (different := len(np.unique(factors[boosted]))) > MAX_FACTORS:
+            raise RequestError(
+                f"boosts: they give items {different} different factors, expected at most {MAX_FACTORS}; "
+                "let fewer of them overlap"
+            )
+        return Boosts(boosted, factors[boosted]) if len(boosted) else None
 
     def _outside(self, name: str, wanted: Range) -> Bool[ndarray, "items"]:
         """Items whose number of that name is not within, or not known."""

@@ -21,7 +21,7 @@ from tiny_run import LOST_USER, make_tiny_run
 
 from ctd_scale.artifacts import Run
 from ctd_scale.recommender import Recommender
-from ctd_scale.serving.schema import response_object
+from ctd_scale.serving.schema import Boost, Directory, response_object
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +111,26 @@ def test_filters_are_those_of_one_process(server: Server, recommender: Recommend
     assert {item["item_id"] for item in everything["items"]} == dramas
     unknown = server.post(history=["i3"], categories=["dramma"])
     assert (unknown.status_code, unknown.json()) == (422, {"error": "categories: unknown categories 'dramma'"})
+
+
+def test_boosts_are_those_of_one_process(server: Server, recommender: Recommender) -> None:
+    history = np.array([3, 1], np.int32)
+    wanted = [{"categories": ["western"], "factor": 3.0}, {"items": ["i7", "i2"], "factor": 0.5}]
+    boosts = Directory(recommender.log).boosts([Boost.model_validate(each) for each in wanted])
+    (answer,) = recommender.recommend([history], 8, boosts=[boosts])
+    assert_same(
+        server.post(history=["i3", "i1"], k=8, boosts=wanted),
+        response_object(recommender.version, answer, recommender.catalogue),
+    )
+    (plain,) = recommender.recommend([history], 8)
+    westerns = [sum(item % 4 == 2 for item in each.items) for each in (answer, plain)]
+    assert westerns[0] > westerns[1]
+    with ThreadPoolExecutor(4) as threads:  # who comes together with a boost has none of it
+        asked = [wanted if place % 2 else [] for place in range(12)]
+        found = list(threads.map(lambda each: server.post(history=["i3", "i1"], k=8, boosts=each), asked))
+    for each, response in zip(asked, found, strict=True):
+        expected_answer = answer if each else plain
+        assert_same(response, response_object(recommender.version, expected_answer, recommender.catalogue))
 
 
 def test_a_batch_is_its_singles(server: Server, recommender: Recommender) -> None:

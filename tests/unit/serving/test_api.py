@@ -116,6 +116,8 @@ def test_health_and_documentation(ask: Ask) -> None:
         (b'{"k": null}', 422, "k: Input should be a valid integer"),
         (b'{"ranges": {"price": {"min": NaN}}}', 422, "ranges.price.min: Input should be a finite number"),
         (b'{"ranges": {"price": {"from": 1}}}', 422, "ranges.price.from: Extra inputs are not permitted"),
+        (b'{"boosts": [{"items": ["a"], "factor": 0}]}', 422, "boosts.0.factor: Input should be greater than"),
+        (b'{"boosts": [{"items": ["a"]}]}', 422, "boosts.0.factor: Field required"),
         (b'{"explain": 1}', 422, "explain: Input should be a valid boolean"),
         (b'{"history": "a"}', 422, "history: Input should be a valid list"),
         (b'{"history": ["a", 7]}', 422, "history.1: Input should be a valid string"),

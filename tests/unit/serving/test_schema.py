@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.recommender import Recommendation
 from ctd_scale.serving.schema import (
+    Boost,
     Directory,
     Range,
     RecommendRequest,
@@ -181,6 +182,47 @@ def test_filters_together_are_brute_force(values: list[float], low: float, width
         if name in only and name not in banned and item % 3 != 2 and low <= number <= low + width
     }
     assert set(range(12)) - set(excluded.tolist()) == allowed
+
+
+def test_boosts_multiply_and_name_what_is_wrong(sorted_directory: Directory) -> None:
+    wanted = [
+        Boost(categories=["x", "z"], factor=2),
+        Boost(items=["a", "b", "a"], factor=1.5),
+        Boost(categories=["y"], factor=0.5),
+        Boost(items=["f"], factor=2),
+    ]
+    found = sorted_directory.boosts(wanted)
+    assert found is not None
+    # a is in x and named, b is in y and named, f is in y and named by what undoes it.
+    assert (found.items.tolist(), found.factors.tolist()) == ([0, 1, 2, 4], [3.0, 0.75, 2.0, 2.0])
+    assert found.of(np.array([-1, 3, 4, 5, 0], np.int32)).tolist() == [1.0, 1.0, 2.0, 1.0, 3.0]
+    assert sorted_directory.boosts([]) is None
+    assert sorted_directory.boosts([Boost(items=["a"], factor=1)]) is None
+    one = {"items": ["a"]}
+    for wrong, message in (
+        ([Boost(factor=2)], "boosts.0: give exactly one of categories and items, not empty"),
+        ([Boost(items=[], factor=2)], "boosts.0: give exactly one of categories and items, not empty"),
+        ([Boost(**one, factor=2), Boost(**one, categories=["x"], factor=2)], "boosts.1: give exactly one of"),
+        ([Boost(items=["q"], factor=2)], "boosts.0.items: unknown item ids 'q'"),
+        ([Boost(categories=["q"], factor=2)], "boosts.0.categories: unknown categories 'q'"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            sorted_directory.boosts(wrong)
+        assert str(caught.value).startswith(message)
+
+
+def test_boosts_of_too_many_different_factors_are_refused() -> None:
+    names = [str(item) for item in range(64)]
+    directory = Directory(
+        InteractionLog(np.array([0, 1]), np.array([2], np.int32), ["ann"], Catalogue(names, names, [""] * 64))
+    )
+    wanted = [
+        Boost(items=[name for item, name in enumerate(names) if item >> bit & 1], factor=1.1 + bit / 10)
+        for bit in range(6)
+    ]
+    with pytest.raises(RequestError, match=r"boosts: they give items 6\d different factors, expected at most 16"):
+        directory.boosts(wanted)
+    assert directory.boosts(wanted[:4]) is not None
 
 
 def test_a_range_is_read_from_a_word() -> None:
