@@ -266,6 +266,7 @@ class ServingConfig(Section):
     max_batch_size: Positive = 8
     batch_wait_ms: NotNegative = 2.0
     request_timeout_s: PositiveFloat = 30.0
+    body_timeout_s: PositiveFloat = Field(10.0, description="all of a body must arrive within so long")
     max_k: Positive = 500
     max_history: Positive = 500
     max_requests: Positive = Field(100, description="of one batch")

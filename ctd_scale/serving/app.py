@@ -30,7 +30,7 @@ APPLICATION = "ctd-scale"
 PREFERENCE_CPUS, OTHER_CPUS = 1.0, 0.25
 # Both models are small next to an accelerator: four replicas share one.
 GPU_SHARE = 0.25
-# The endpoint answers 504 by itself; the proxy's own limit is for bodies that never end.
+# The endpoint answers 408 and 504 by itself; the proxy's own limit is for replicas that hang.
 PROXY_GRACE_S = 5.0
 READY_TIMEOUT_S = 60.0
 SWAP_TIMEOUT_S = 600.0
@@ -133,7 +133,7 @@ def _options(config: ServingConfig, num_cpus: float, num_gpus: float = 0.0) -> d
 def _start(application: serve.Application, config: ServingConfig, host: str, port: int) -> str:
     """Serve the application; returns its URL once it answers there."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    timeout = config.request_timeout_s + PROXY_GRACE_S
+    timeout = config.body_timeout_s + config.request_timeout_s + PROXY_GRACE_S
     serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=timeout), logging_config=QUIET)
     serve.run(application, name=APPLICATION, route_prefix="/")
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

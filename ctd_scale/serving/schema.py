@@ -72,6 +72,9 @@ class RecommendRequest(_Strict):
     boosts: list[Boost] = Field(
         [], max_length=MAX_BOOSTS, description="items to be seen more, or less; several multiply", examples=[[]]
     )
+    deadline_ms: int | None = Field(
+        None, ge=1, description="answer 504 when there is no answer by then; serving.request_timeout_s bounds it"
+    )
     explain: bool = Field(False, description="let the LLM say what the user wants; items that agree with it gain")
 
 

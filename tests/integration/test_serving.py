@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving_process import RECOMMEND, TIMEOUT_S, Server, started
+from serving_process import BODY_TIMEOUT_S, RECOMMEND, TIMEOUT_S, Server, started
 from tiny_run import LOST_USER, make_tiny_run
 
 from ctd_scale.artifacts import Run
@@ -227,6 +227,16 @@ def test_a_body_that_does_not_tell_its_length_is_limited_too(server: Server) -> 
     assert (response.status_code, response.json()) == (413, {"error": "body: expected at most 4096 bytes"})
 
 
+def test_a_body_that_does_not_arrive_is_not_waited_for(server: Server) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b" "
+        time.sleep(BODY_TIMEOUT_S + 0.5)
+        yield b" "
+
+    response = server.client.post(RECOMMEND, content=pieces(), headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()) == (408, {"error": "body: expected all of it within 1 s"})
+
+
 def test_other_paths_and_methods(server: Server) -> None:
     found = server.client.get("/nothing"), server.client.get(RECOMMEND)
     assert [(each.status_code, each.json()) for each in found] == [
@@ -248,12 +258,15 @@ def test_a_step_that_hangs_fills_the_queue_and_times_out(server: Server) -> None
         assert server.client.get("/healthz").status_code == 200
     finally:
         replica.resume()
-    errors = {503: {"error": "too busy, try again later"}, 504: {"error": f"no answer within {TIMEOUT_S} s"}}
+    errors = {
+        429: {"error": "too many requests wait, try again later"},
+        504: {"error": f"no answer within {TIMEOUT_S} s"},
+    }
     assert all(response.json() == errors[response.status_code] for response in found)
     counts = Counter(response.status_code for response in found)
     # Two in progress and six in the queue wait for an answer, and whoever comes meanwhile is sent away. On a slow
     # machine some come only after these have given up, and take their places.
-    assert counts[503] >= 1
+    assert counts[429] >= 1
     assert 6 <= counts[504] <= 8 * (1 + elapsed // TIMEOUT_S)
     assert server.post(user_id="u1").status_code == 200
 
