@@ -301,6 +301,27 @@ def bench_serve(
         write_text(out, json.dumps(as_json(load, command), indent=1) + "\n")
 
 
+@bench.command("latency")
+def bench_latency(
+    run: RunOption,
+    users: Annotated[int, typer.Option(help="validation users, one request of each for every row")] = 500,
+    out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written too")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure what cheaper settings cost and save, for serving.target_p99_ms to choose from."""
+    from ctd_scale.artifacts import write_text
+    from ctd_scale.latency import as_json, measure_latency, show_rows
+
+    if users < 1:
+        raise ValueError(f"--users {users}: expected at least 1")
+    opened = Run.open(run)
+    rows = measure_latency(opened, opened.read_config(overrides or ()), users)
+    show_rows(rows)
+    if out is not None:
+        said = "".join(f" --set {override}" for override in overrides or ())
+        write_text(out, json.dumps(as_json(rows, users, f"ctd bench latency --users {users}{said}"), indent=1) + "\n")
+
+
 @app.command()
 def data(
     storage: StorageOption = "runs",

@@ -274,6 +274,11 @@ class ServingConfig(Section):
     cached_preferences: Annotated[int, Field(ge=0)] = Field(
         100_000, description="preferences that each ingress replica keeps, by history"
     )
+    target_p99_ms: NotNegative = Field(
+        0.0,
+        description="serve with the settings of the best NDCG@10 whose p99 behind the preference is no longer, by "
+        "`ctd bench latency`; 0 = with those of the run",
+    )
     access_log: bool = Field(True, description="a line of JSON for every request")
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -26,6 +26,7 @@ from ctd_scale.metrics import top_k
 from ctd_scale.retrieval.boosts import Boosts, boosted_pool, boosted_scores, factors_of
 from ctd_scale.retrieval.build import load_graph_index, load_index
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever
+from ctd_scale.retrieval.effort import with_effort
 from ctd_scale.retrieval.hybrid import HybridRetriever
 
 # What the chain needs, checked against each other when it is loaded.
@@ -224,15 +225,16 @@ def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 class Recommender:
-    """The three steps, loaded from one run's artifacts."""
+    """The three steps, loaded from one run's artifacts; with another config than the run's, or another effort of its
+    indexes, where one is given."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, config: RunConfig | None = None, effort: float = 1.0) -> None:
         artifacts = load_artifacts(run)
-        self.config = run.read_config()
+        self.config = config or run.read_config()
         self.log = InteractionLog.load(artifacts["interactions"].path)
         self.version = version_of(artifacts)
         self.preference = load_preference(artifacts, self.config)
-        self.rank = load_rank(artifacts, self.config)
+        self.rank = load_rank(artifacts, self.config, effort)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -342,15 +344,19 @@ def load_density(artifacts: dict[str, Artifact], config: RunConfig) -> DensityMo
     return DensityModel(artifacts["models/diffusion"].path, config.llm.preference_dim, config.diffusion, config.seed)
 
 
-def load_rank(artifacts: dict[str, Artifact], config: RunConfig) -> RankStep:
+def load_rank(artifacts: dict[str, Artifact], config: RunConfig, effort: float = 1.0) -> RankStep:
     ranking = load_rankings(artifacts["ranking"].path)["full_text"]
-    return RankStep(load_density(artifacts, config), load_retrieve(artifacts, config), ranking)
+    return RankStep(load_density(artifacts, config), load_retrieve(artifacts, config, effort), ranking)
 
 
-def load_retrieve(artifacts: dict[str, Artifact], config: RunConfig) -> RetrieveStep:
+def load_retrieve(artifacts: dict[str, Artifact], config: RunConfig, effort: float = 1.0) -> RetrieveStep:
+    """`effort` multiplies how much of itself an index searches."""
     items = int(artifacts["index"].manifest["facts"]["items"])
     folder = artifacts["index"].path
-    return RetrieveStep(load_index(folder, items, pi=0.0), load_graph_index(folder), config)
+    retriever, graph = load_index(folder, items, pi=0.0), load_graph_index(folder)
+    near = replace(graph.retriever, dense=with_effort(graph.retriever.dense, effort))
+    retriever = replace(retriever, dense=with_effort(retriever.dense, effort))
+    return RetrieveStep(retriever, replace(graph, retriever=near), config)
 
 
 def _union(left: Int32[ndarray, "batch left"], right: Int32[ndarray, "batch right"]) -> Int32[ndarray, "batch union"]:

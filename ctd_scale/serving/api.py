@@ -31,6 +31,7 @@ from ctd_scale.serving.schema import (
     RequestError,
     UnknownItemError,
     UnknownUserError,
+    Version,
 )
 
 # No replica is there (yet, or any more).
@@ -75,6 +76,8 @@ class Backend(Protocol):
 
     @property
     def version(self) -> str: ...
+    @property
+    def tuned(self) -> dict[str, float] | None: ...
     async def ready(self) -> None: ...
     async def recommend(self, request: RecommendRequest) -> Answered: ...
     async def picture(self, request: RecommendRequest) -> dict[str, Any]: ...
@@ -117,10 +120,10 @@ def make_api(backend: Backend, config: ServingConfig) -> FastAPI:
         await in_time(backend.ready())
         return Health(status="ready", version=backend.version)
 
-    @api.get("/v1/version")
-    async def version() -> Health:
-        """What is served: 12 hex digits over models and index."""
-        return Health(status="ok", version=backend.version)
+    @api.get("/v1/version", response_model_exclude_none=True)
+    async def version() -> Version:
+        """What is served: 12 hex digits over models and index, and the settings that a latency target chose."""
+        return Version(status="ok", version=backend.version, tuned=backend.tuned)
 
     @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:

@@ -21,6 +21,7 @@ from ray.serve.schema import LoggingConfig
 
 from ctd_scale.artifacts import Run
 from ctd_scale.config import RunConfig, ServingConfig
+from ctd_scale.latency import described
 from ctd_scale.serving.deployments import App, Preference
 from ctd_scale.serving.release import Coordinator, Source, source_of
 from ctd_scale.training import console, start_ray
@@ -78,6 +79,7 @@ def serve_run(open_run: Callable[[], tuple[Run, RunConfig]], *, host: str, port:
         undo.callback(stop_serving)
         url = _start(application, source.config.serving, host, port)
         console.print(f"serving {source.run.url} at {url} (docs at {url}/docs)", highlight=False, soft_wrap=True)
+        _say_tuned(source)
         if blocking:
             _wait_for_signal(lambda: swap(*open_run(), url))
         else:
@@ -100,7 +102,18 @@ def swap(run: Run, config: RunConfig, url: str) -> str:
                 f"still serving version {served}; logs/serving of the run that was served first says why"
             )
         time.sleep(0.2)
+    _say_tuned(source)
     return source.version
+
+
+def _say_tuned(source: Source) -> None:
+    if source.tuned is not None:
+        console.print(
+            f"  for serving.target_p99_ms={source.config.serving.target_p99_ms:g}: {described(source.tuned.settings)} "
+            f"(behind the preference p99 {source.tuned.p99_ms:g} ms, NDCG@10 {source.tuned.ndcg:g} on validation)",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _served_version(url: str) -> str:

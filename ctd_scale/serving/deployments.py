@@ -151,6 +151,11 @@ class App(Step):
     def version(self) -> str:
         return self._release.version
 
+    @property
+    def tuned(self) -> dict[str, float] | None:
+        row = self._release.source.tuned
+        return None if row is None else row.values()
+
     async def _follow(self) -> None:
         """Serve what the coordinator says, as soon as all of it is there. A queue that is full or a process that is
         away is asked again; what cannot be loaded is not."""

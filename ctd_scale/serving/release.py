@@ -12,7 +12,8 @@ from numpy import ndarray
 from ctd_scale.artifacts import Artifact, ArtifactError, Run
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig
-from ctd_scale.recommender import RankStep, load_artifacts, load_rank, version_of
+from ctd_scale.latency import Row, chosen_row, load_tuned
+from ctd_scale.recommender import RankStep, load_artifacts, version_of
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.schema import Directory
 from ctd_scale.serving.telemetry import Telemetry
@@ -23,12 +24,14 @@ KEPT_VERSIONS = 2
 
 @dataclass(frozen=True)
 class Source:
-    """The artifacts of a run at one time. `number` counts what was served before."""
+    """The artifacts of a run at one time. `number` counts what was served before; `tuned` is what
+    `serving.target_p99_ms` chose."""
 
     run: Run
     config: RunConfig
     version: str
     number: int = 0
+    tuned: Row | None = None
 
     def artifacts(self) -> dict[str, Artifact]:
         """The artifacts, refused where they are no longer those of this version: a replica that starts late must not
@@ -42,13 +45,15 @@ class Source:
 def source_of(run: Run, config: RunConfig) -> Source:
     """What a run holds now.
 
-    Raises ArtifactError: an artifact is missing, damaged or made from another version of another.
+    Raises ArtifactError: an artifact is missing, damaged or made from another version of another; ValueError: nothing
+    is as fast as `serving.target_p99_ms` wants.
     """
     if run.is_local:
         # Replicas may live in another working directory, and a link may lead elsewhere later.
         folder = run.root.resolve()
         run = replace(run, storage=str(folder.parent), name=folder.name)
-    return Source(run, config, version_of(load_artifacts(run)))
+    artifacts = load_artifacts(run)
+    return Source(run, config, version_of(artifacts), tuned=chosen_row(run, config, artifacts))
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def open_release(source: Source) -> Release:
     """Load what is behind the preference."""
     artifacts = source.artifacts()
     log = InteractionLog.load(artifacts["interactions"].path)
-    rank = load_rank(artifacts, source.config)
+    rank = load_tuned(artifacts, source.config, None if source.tuned is None else source.tuned.settings)
     if rank.retrieve.retriever.text is not None:
         rank.retrieve.retriever.text.warm_up()
     return Release(source, log.catalogue, Directory(log), rank)

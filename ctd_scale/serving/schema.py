@@ -144,6 +144,12 @@ class Health(_Strict):
     version: str
 
 
+class Version(Health):
+    """What is served; `tuned` only where `serving.target_p99_ms` chose the settings: they, and what was measured."""
+
+    tuned: dict[str, int | float] | None = None
+
+
 class Directory:
     """From raw ids to histories of item indices."""
 

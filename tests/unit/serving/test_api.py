@@ -36,6 +36,7 @@ class Pretended:
         return "v1"
 
     def __init__(self) -> None:
+        self.tuned: dict[str, float] | None = None
         self.records: list[Record] = []
 
     async def ready(self) -> None:
@@ -98,9 +99,11 @@ def test_an_answer_is_sent_as_it_is(ask: Ask) -> None:
     assert list(response.json()) == ["version", "items", "text"]
 
 
-def test_health_and_documentation(ask: Ask) -> None:
+def test_health_and_documentation(ask: Ask, backend: Pretended) -> None:
     for path, status in (("/healthz", "ok"), ("/v1/version", "ok"), ("/readyz", "ready")):
         assert ask("GET", path).json() == {"status": status, "version": "v1"}
+    backend.tuned = {"num_draws": 8, "effort": 0.5}
+    assert ask("GET", "/v1/version").json() == {"status": "ok", "version": "v1", "tuned": backend.tuned}
     assert ask("GET", "/docs").status_code == 200
     assert "/v1/recommend" in ask("GET", "/openapi.json").json()["paths"]
 
