@@ -44,6 +44,8 @@ MAKERS = {
     "ranking": "calibrate_ranking",
     "metrics": "evaluate",
 }
+# What no stage makes, and the command that does.
+COMMANDS = {"latency": "ctd bench latency"}
 
 
 class ArtifactError(ValueError):
@@ -311,7 +313,7 @@ def _fsync(path: Path) -> None:
 
 
 def _rerun(name: str) -> str:
-    return f"rerun {MAKERS.get(name, name)} (`ctd run` does it)"
+    return f"run `{COMMANDS[name]}`" if name in COMMANDS else f"rerun {MAKERS.get(name, name)} (`ctd run` does it)"
 
 
 def _git_revision() -> str:

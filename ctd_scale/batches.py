@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -28,34 +28,39 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 from numpy import ndarray
 
 Split = Literal["validation", "test"]
 SPLITS: tuple[Split, Split] = ("validation", "test")
 # Leave-one-out needs one item to train on, one to validate and one to test.
 MIN_SPLIT_LENGTH = 3
+# Of items.parquet; every further column is a number of the items.
+ITEM_COLUMNS = ("item_id", "title", "category")
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items in index order: raw id, title, category ('' where unknown)."""
+    """Items in index order: raw id, title, category ('' where unknown), and named numbers (NaN where unknown)."""
 
     item_ids: list[str]
     titles: list[str]
     categories: list[str]
+    attributes: Mapping[str, Float64[ndarray, "items"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.item_ids)
 
     def save(self, folder: Path) -> None:
-        columns = {"item_id": self.item_ids, "title": self.titles, "category": self.categories}
-        write_table(pa.table(columns), folder / "items.parquet")
+        columns = dict(zip(ITEM_COLUMNS, (self.item_ids, self.titles, self.categories), strict=True))
+        write_table(pa.table({**columns, **self.attributes}), folder / "items.parquet")
 
     @classmethod
     def load(cls, folder: Path) -> Catalogue:
         items = read_table(folder / "items.parquet")
-        return cls(items["item_id"].to_pylist(), items["title"].to_pylist(), items["category"].to_pylist())
+        numbers = {name: items[name].to_numpy() for name in items.column_names if name not in ITEM_COLUMNS}
+        item_ids, titles, categories = (items[name].to_pylist() for name in ITEM_COLUMNS)
+        return cls(item_ids, titles, categories, numbers)
 
 
 @dataclass(frozen=True)

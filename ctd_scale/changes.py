@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctd_scale.artifacts import Artifact, ArtifactError, Run
-from ctd_scale.batches import Catalogue, read_table, write_table
+from ctd_scale.batches import ITEM_COLUMNS, Catalogue, read_table, write_table
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.checking import read_catalogue
 from ctd_scale.interactions.quarantine import list_paths
 from ctd_scale.interactions.reading import expand
-from ctd_scale.interactions.schema import BadInputError, clean_titles
+from ctd_scale.interactions.schema import ATTRIBUTE, BadInputError, clean_titles
 
 FOLDER, CURRENT, ITEMS = "changes", "changes/current.json", "items.parquet"
 SCHEMA = pa.schema(
@@ -35,8 +35,8 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class Changes:
-    """One version: `table` has a row for each item that was ever touched. `built` is the version that holds an index of
-    its own, 0 where it is the run's."""
+    """One version: `table` has a row for each item that was ever touched, and a column for each of its numbers. `built`
+    is the version that holds an index of its own, 0 where it is the run's."""
 
     number: int
     table: pa.Table
@@ -92,24 +92,24 @@ def versions(run: Run) -> list[Mapping[str, Any]]:
 
 
 def read_items(pattern: str, config: InteractionsConfig) -> pa.Table:
-    """item_id, title, category of a file, folder, glob or URL with the columns of the run's catalogue.
+    """item_id, title, category and numbers of a file, folder, glob or URL with the columns of the run's catalogue.
 
     Raises BadInputError where any row is bad: a change is made as a whole or not at all.
     """
     paths = expand(pattern, "--items")
     columns = {"item": config.item_column, "title": config.title_column, "category": config.category_column}
-    rows = read_catalogue(paths, columns)
+    rows = read_catalogue(paths, {**columns, **{f"{ATTRIBUTE}{name}": name for name in config.attribute_columns}})
     bad = rows.filter(pc.is_valid(rows["reason"]))
     if len(bad):
         first = [f"  {paths[row['file']]}:{row['row']} {row['reason']}" for row in bad.slice(0, MAX_NAMED).to_pylist()]
         raise BadInputError("\n".join([f"{list_paths(paths)}: {len(bad):,} of {len(rows):,} rows are bad", *first]))
-    return clean_titles(rows, config.max_title_chars)[0]
+    cleaned = clean_titles(rows, config.max_title_chars)[0]
+    return cleaned.rename_columns([name.removeprefix(ATTRIBUTE) for name in cleaned.column_names])
 
 
 def upsert(run: Run, items: pa.Table) -> Changes:
-    """Put items in, or give those that are there another title and category."""
-    columns = [items[name].combine_chunks() for name in ("item_id", "title", "category")]
-    rows = pa.table([*columns, pa.repeat(pa.scalar(False), len(items))], SCHEMA)
+    """Put items in, or give those that are there another title, category and numbers."""
+    rows = items.append_column("deleted", pa.repeat(pa.scalar(False), len(items)))
     return _change(run, lambda _: rows, f"put in or altered {len(items):,} items")
 
 
@@ -130,7 +130,9 @@ def delete(run: Run, item_ids: Sequence[str], catalogue: Catalogue) -> Changes:
         if unknown:
             named = ", ".join(f"{item_id[:64]!r}" for item_id in unknown[:MAX_NAMED])
             raise BadInputError(f"{len(unknown):,} items are not in the catalogue, so none was taken out: {named}")
-        return pa.Table.from_pylist([{**there[item_id], "deleted": True} for item_id in wanted], SCHEMA)
+        # Its numbers go with it: nobody can ask for it by them any more.
+        kept = [{name: there[item_id][name] for name in ITEM_COLUMNS} for item_id in wanted]
+        return pa.Table.from_pylist([{**row, "deleted": True} for row in kept], SCHEMA)
 
     return _change(run, rows, f"took out {len(wanted):,} items")
 
@@ -175,7 +177,8 @@ def _change(run: Run, rows: Callable[[Changes], pa.Table], said: str) -> Changes
         before = read_changes(run)
         made = rows(before)
         kept = before.table.filter(pc.invert(pc.is_in(before.table["item_id"], made["item_id"].combine_chunks())))
-        with next_version(run, before, pa.concat_tables([kept, made]), said, {}, with_index=False):
+        table = pa.concat_tables([kept, made], promote_options="default")
+        with next_version(run, before, table, said, {}, with_index=False):
             pass  # its table is all there is
         return read_changes(run)
 

@@ -165,11 +165,15 @@ def recommend(
     exclude_item: Annotated[
         list[str] | None, typer.Option(help="an item id that may not come back; repeatable")
     ] = None,
+    only_item: Annotated[list[str] | None, typer.Option(help="only this item id may come back; repeatable")] = None,
+    within: Annotated[
+        list[str] | None, typer.Option("--range", help="only items whose number lies within: price=5:20; repeatable")
+    ] = None,
     model: Annotated[str, typer.Option(help="a baseline of the run instead of the chain, such as sasrec")] = "",
 ) -> None:
     """Recommend for a known user, or after a history."""
     from ctd_scale.recommender import BaselineRecommender, Recommender
-    from ctd_scale.serving.schema import Directory, response_object
+    from ctd_scale.serving.schema import Directory, read_range, response_object
 
     if k < 1:
         raise ValueError(f"--k {k}: expected at least 1")
@@ -181,7 +185,11 @@ def recommend(
     resolved = directory.history(user_id=user, history=items)
     excluded = [
         directory.excluded(
-            items=exclude_item or (), categories=category or None, exclude_categories=exclude_category or ()
+            items=exclude_item or (),
+            categories=category or None,
+            exclude_categories=exclude_category or (),
+            only_items=only_item or None,
+            ranges=dict(map(read_range, within or ())),
         )
     ]
     if isinstance(recommender, BaselineRecommender):
@@ -363,6 +371,27 @@ def bench_serve(
         said = "".join(f" --set {override}" for override in overrides or ())
         command = f"ctd bench serve --clients {clients} --seconds {seconds:g} --users {users}{said}"
         write_text(out, json.dumps(as_json(load, command), indent=1) + "\n")
+
+
+@bench.command("latency")
+def bench_latency(
+    run: RunOption,
+    users: Annotated[int, typer.Option(help="validation users, one request of each for every row")] = 500,
+    out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written too")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure what cheaper settings cost and save, for serving.target_p99_ms to choose from."""
+    from ctd_scale.artifacts import write_text
+    from ctd_scale.latency import as_json, measure_latency, show_rows
+
+    if users < 1:
+        raise ValueError(f"--users {users}: expected at least 1")
+    opened = Run.open(run)
+    rows = measure_latency(opened, opened.read_config(overrides or ()), users)
+    show_rows(rows)
+    if out is not None:
+        said = "".join(f" --set {override}" for override in overrides or ())
+        write_text(out, json.dumps(as_json(rows, users, f"ctd bench latency --users {users}{said}"), indent=1) + "\n")
 
 
 @app.command()

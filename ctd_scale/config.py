@@ -41,6 +41,9 @@ class InteractionsConfig(Section):
     order_column: str = Field("", description="time column; empty = `timestamp` or `position`, whichever exists")
     title_column: str = "title"
     category_column: str = "category"
+    attribute_columns: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="columns of the catalogue with numbers (price, year) that requests may filter by"
+    )
     duplicates: Literal["keep", "first", "last"] = Field("keep", description="repeated (user, item) pairs")
     min_user_interactions: Positive = 1
     min_item_interactions: Positive = 1
@@ -54,6 +57,17 @@ class InteractionsConfig(Section):
     )
     max_bad_fraction: Fraction = 0.01
     max_title_chars: Positive = 512
+
+    @model_validator(mode="after")
+    def _attributes_have_names_of_their_own(self) -> InteractionsConfig:
+        names = self.attribute_columns
+        taken = [name for name in names if name in ("", "item_id", "title", "category") or names.count(name) > 1]
+        if taken:
+            raise ValueError(
+                f"interactions.attribute_columns={list(names)}: {taken[0]!r} is empty, given twice or the name of "
+                "another column of the catalogue; rename the column"
+            )
+        return self
 
 
 class GraphConfig(Section):
@@ -256,6 +270,7 @@ class ServingConfig(Section):
     max_batch_size: Positive = 8
     batch_wait_ms: NotNegative = 2.0
     request_timeout_s: PositiveFloat = 30.0
+    body_timeout_s: PositiveFloat = Field(10.0, description="all of a body must arrive within so long")
     max_k: Positive = 500
     max_history: Positive = 500
     max_requests: Positive = Field(100, description="of one batch")
@@ -265,6 +280,11 @@ class ServingConfig(Section):
     )
     recall_probe_s: NotNegative = Field(
         60.0, description="how often each ingress replica compares an approximate index with exact search; 0 = never"
+    )
+    target_p99_ms: NotNegative = Field(
+        0.0,
+        description="serve with the settings of the best NDCG@10 whose p99 behind the preference is no longer, by "
+        "`ctd bench latency`; 0 = with those of the run",
     )
     access_log: bool = Field(True, description="a line of JSON for every request")
 

@@ -7,15 +7,16 @@ its words (retrieval/cold.py), and where it is in a history it is read as the tr
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Float64, Int32
 from numpy import ndarray
 
 from ctd_scale.artifacts import Artifact, Run
-from ctd_scale.batches import Catalogue, InteractionLog, Preferences
+from ctd_scale.batches import ITEM_COLUMNS, Catalogue, InteractionLog, Preferences
 from ctd_scale.changes import Changes, alone, fetch_version, next_version, read_changes
 from ctd_scale.config import RunConfig
 from ctd_scale.retrieval.build import build_index, load_cold, load_graph_index, load_index
@@ -88,15 +89,16 @@ def apply_changes(base: Base, changes: Changes) -> Live:
     """The base with these changes; the base itself stays as it is, and both may be searched."""
     if not len(changes.table):
         return Live(base.catalogue, base.places, base.retriever, base.graph, base.read_as)
-    ids, titles, categories, gone = (changes.table[name].to_pylist() for name in changes.table.column_names)
+    ids, titles, categories, gone = (changes.table[name].to_pylist() for name in (*ITEM_COLUMNS, "deleted"))
     known = [base.places.get(item_id) for item_id in ids]
     new = [row for row, place in enumerate(known) if place is None and not gone[row]]
     size = len(base.catalogue)
-    added = Catalogue(*([column[row] for row in new] for column in (ids, titles, categories)))
+    added = Catalogue([ids[row] for row in new], [titles[row] for row in new], [categories[row] for row in new])
     catalogue = Catalogue(
         base.catalogue.item_ids + added.item_ids,
         base.catalogue.titles + added.titles,
         base.catalogue.categories + added.categories,
+        {name: _numbers(name, values, changes.table, known, new) for name, values in base.catalogue.attributes.items()},
     )
     worded = list(range(size, size + len(new)))
     deleted = np.zeros(len(catalogue), bool)
@@ -146,6 +148,20 @@ def rebuild_index(run: Run, artifacts: Mapping[str, Artifact], config: RunConfig
             live.catalogue.save(folder / INDEX)
             np.save(folder / READ_AS, live.read_as)
         return read_changes(run)
+
+
+def _numbers(
+    name: str, values: Float64[ndarray, "items"], table: pa.Table, known: Sequence[int | None], new: Sequence[int]
+) -> Float64[ndarray, "grown"]:
+    """A number of every item, as the changes leave it; NaN where they do not say."""
+    said = np.full(len(table), np.nan)
+    if name in table.column_names:
+        said = table[name].cast(pa.float64()).fill_null(np.nan).to_numpy()
+    grown = np.concatenate([values, said[np.array(new, np.int64)]])
+    for row, place in enumerate(known):
+        if place is not None:
+            grown[place] = said[row]
+    return grown
 
 
 def _grown(

@@ -25,8 +25,10 @@ from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.live import Live, apply_changes, load_base
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.metrics import top_k
+from ctd_scale.retrieval.boosts import Boosts, boosted_pool, boosted_scores, factors_of
 from ctd_scale.retrieval.build import load_graph_index, load_index
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever
+from ctd_scale.retrieval.effort import with_effort
 from ctd_scale.retrieval.hybrid import HybridRetriever
 
 # What the chain needs, checked against each other when it is loaded.
@@ -45,6 +47,8 @@ class Pool:
     matches: list[Int32[ndarray, "_"]]
     excluded: list[Int32[ndarray, "_"]]
     preferences: Float32[ndarray, "batch cond_dim"]
+    # What requests boost; None: nothing.
+    factors: Float32[ndarray, "batch pool"] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,23 @@ class Recommendation:
 
 
 class RetrieveStep:
-    """Candidates around the preference, the draws and what the graph says, and their final order."""
+    """Candidates around the preference, the draws and what the graph says, and their final order. `effort` multiplies
+    how much of itself an index searches."""
 
-    def __init__(self, retriever: HybridRetriever, graph: CollaborativeRetriever, config: RunConfig) -> None:
-        self.retriever, self.graph, self._config = retriever, graph, config
+    def __init__(
+        self, retriever: HybridRetriever, graph: CollaborativeRetriever, config: RunConfig, effort: float = 1.0
+    ) -> None:
+        self.retriever = replace(retriever, dense=with_effort(retriever.dense, effort))
+        near = replace(graph.retriever, dense=with_effort(graph.retriever.dense, effort))
+        self.graph = replace(graph, retriever=near)
+        self._config, self._effort = config, effort
         self._tau = config.diffusion.draw_temperature
         self._candidates = config.diffusion.error_candidates
         self._text_candidates = config.retrieval.text_candidates
 
     def over(self, retriever: HybridRetriever, graph: CollaborativeRetriever) -> RetrieveStep:
         """The same step over another state of the catalogue."""
-        return RetrieveStep(retriever, graph, self._config)
+        return RetrieveStep(retriever, graph, self._config, self._effort)
 
     def pool(
         self,
@@ -77,9 +87,11 @@ class RetrieveStep:
         *,
         draws: Float32[ndarray, "batch draws cond_dim"] | None,
         histories: Sequence[Int32[ndarray, "_"]] | None,
+        boosts: Sequence[Boosts | None] | None = None,
     ) -> Pool:
-        """Union of the neighbours of the preference, of every draw, of each history in the graph, and of the text's
-        matches. Without draws or histories their neighbours are left out, and their scores are 0."""
+        """Union of the neighbours of the preference, of every draw, of each history in the graph, of the text's
+        matches, and of the preference among what is boosted. Without draws or histories their neighbours are left out,
+        and their scores are 0."""
         matches = self.retriever.matches(texts, self._text_candidates)
         nothing: list[ndarray] = [np.zeros(0, np.int32)] * len(texts)
         ids = self.retriever.pool(preferences[:, None], matches, excluded, self._candidates)
@@ -89,6 +101,8 @@ class RetrieveStep:
         if histories is not None:
             queries = self.graph.queries(histories)[:, None]
             ids = _union(ids, self.graph.retriever.pool(queries, nothing, excluded, self._candidates))
+        if boosts is not None:
+            ids = _union(ids, boosted_pool(self.retriever, preferences, boosts, excluded, self._candidates))
         unweighed = np.where(ids >= 0, np.float32(0), np.float32(-np.inf))
         return Pool(
             ids=ids,
@@ -101,6 +115,7 @@ class RetrieveStep:
             matches=matches,
             excluded=excluded,
             preferences=preferences,
+            factors=None if boosts is None else factors_of(boosts, ids),
         )
 
     def similar(self, item: int, k: int) -> tuple[Int32[ndarray, "k"], Float32[ndarray, "k"]]:
@@ -122,12 +137,14 @@ class RetrieveStep:
         k: int,
         tail: tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]] | None = None,
     ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
-        """The k best: the pool by its fused score, then, where k is larger, the rest by the preference.
+        """The k best: the pool by its fused and boosted score, then, where k is larger, the rest by the preference.
 
         The list for k is a prefix of the list for any larger k. Padded with -1 / -inf where fewer items exist.
         `tail` is the rest, where it is known already: it is the same for every ranking.
         """
         scores = fused_scores(pool, errors, ranking)
+        if pool.factors is not None:
+            scores = boosted_scores(scores, pool.factors)
         retriever = replace(self.retriever, pi=ranking.pi)
         width = min(k, pool.ids.shape[1])
         ids, best = retriever.rank(pool.ids, scores, pool.matches, width)
@@ -194,17 +211,19 @@ class RankStep:
         excluded: list[Int32[ndarray, "_"]],
         k: int,
         seconds: dict[str, float] | None = None,
+        boosts: Sequence[Boosts | None] | None = None,
     ) -> list[Recommendation]:
-        """The k best items for each preference, history and text; `seconds` is told how long each part took. What the
-        ranking does not weigh is not made."""
+        """The k best items for each preference, history and text, and what each of them boosts; `seconds` is told how
+        long each part took. What the ranking does not weigh, or nobody boosts, is not made."""
         seconds, ranking = {} if seconds is None else seconds, self.ranking
+        wanted = boosts if boosts is not None and any(each is not None for each in boosts) else None
         draws, errors = None, None
         if ranking.draws or ranking.error:
             with timed("draws", seconds):
                 draws = self.density.draws(preferences)
         with timed("retrieve", seconds):
             read = histories if ranking.graph else None
-            pool = self.retrieve.pool(preferences, texts, excluded, draws=draws, histories=read)
+            pool = self.retrieve.pool(preferences, texts, excluded, draws=draws, histories=read, boosts=wanted)
         if ranking.error:
             with timed("error", seconds):
                 errors = self.density.errors(preferences, pool.vectors)
@@ -222,16 +241,17 @@ def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 class Recommender:
-    """The three steps, loaded from one run's artifacts and what was changed since in its catalogue."""
+    """The three steps, loaded from one run's artifacts and what was changed since in its catalogue; with another config
+    than the run's, or another effort of its indexes, where one is given."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, config: RunConfig | None = None, effort: float = 1.0) -> None:
         artifacts, changes = load_artifacts(run), read_changes(run)
-        self.config = run.read_config()
+        self.config = config or run.read_config()
         self.version = version_of(artifacts, changes)
         self.preference = load_preference(artifacts, self.config)
         self._live = apply_changes(load_base(run, artifacts, changes), changes)
         self.log = replace(InteractionLog.load(artifacts["interactions"].path), catalogue=self._live.catalogue)
-        self.rank = load_rank(artifacts, self.config, self._live)
+        self.rank = load_rank(artifacts, self.config, self._live, effort)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -245,9 +265,11 @@ class Recommender:
         exclude_seen: bool = True,
         explain: bool = False,
         excluded: Sequence[Int32[ndarray, "_"]] | None = None,
+        boosts: Sequence[Boosts | None] | None = None,
     ) -> list[Recommendation]:
         """The k best items after each history, oldest item first. With `explain` the LLM also writes a text, and
-        items that agree with it gain. `excluded` are items that may not come back either, a list for each history."""
+        items that agree with it gain. `excluded` are items that may not come back either, a list for each history, and
+        `boosts` says for each what is to gain or lose."""
         if k < 1:
             raise ValueError(f"k={k}, expected at least 1")
         if not histories:
@@ -255,7 +277,8 @@ class Recommender:
         read = [self._live.read_as[history] for history in histories]
         preferences = self.preference(read)
         texts = self.preference.texts(read) if explain else [""] * len(read)
-        return self.rank(preferences, read, texts, excluded_items(histories, exclude_seen, excluded), k)
+        out = excluded_items(histories, exclude_seen, excluded)
+        return self.rank(preferences, read, texts, out, k, boosts=boosts)
 
 
 class BaselineRecommender:
@@ -331,26 +354,32 @@ def baseline_version(run: Run, name: str) -> str:
     return f"{name}-{run.fetch(trained_artifact(name) or 'interactions').digest[:12]}"
 
 
-def load_preference(artifacts: dict[str, Artifact], config: RunConfig) -> PreferenceModel:
+def load_preference(artifacts: Mapping[str, Artifact], config: RunConfig) -> PreferenceModel:
     catalogue = InteractionLog.load(artifacts["interactions"].path).catalogue
     tokens = NodeArrays.load(artifacts["tokens"].path)
     return PreferenceModel(artifacts["models/llm"].path, tokens, catalogue, config.llm)
 
 
-def load_density(artifacts: dict[str, Artifact], config: RunConfig) -> DensityModel:
+def load_density(artifacts: Mapping[str, Artifact], config: RunConfig) -> DensityModel:
     return DensityModel(artifacts["models/diffusion"].path, config.llm.preference_dim, config.diffusion, config.seed)
 
 
-def load_rank(artifacts: dict[str, Artifact], config: RunConfig, live: Live) -> RankStep:
+def load_rank(
+    artifacts: Mapping[str, Artifact], config: RunConfig, live: Live | None = None, effort: float = 1.0
+) -> RankStep:
+    """What is behind the preference: over a live catalogue, or else over the run's own."""
     ranking = load_rankings(artifacts["ranking"].path)["full_text"]
-    return RankStep(load_density(artifacts, config), RetrieveStep(live.retriever, live.graph, config), ranking)
+    density = load_density(artifacts, config)
+    if live is None:
+        return RankStep(density, load_retrieve(artifacts, config, effort), ranking)
+    return RankStep(density, RetrieveStep(live.retriever, live.graph, config, effort), ranking)
 
 
-def load_retrieve(artifacts: dict[str, Artifact], config: RunConfig) -> RetrieveStep:
+def load_retrieve(artifacts: Mapping[str, Artifact], config: RunConfig, effort: float = 1.0) -> RetrieveStep:
     """Over the run's own index, without what was changed since: what the models are measured on."""
     items = int(artifacts["index"].manifest["facts"]["items"])
     folder = artifacts["index"].path
-    return RetrieveStep(load_index(folder, items, pi=0.0), load_graph_index(folder), config)
+    return RetrieveStep(load_index(folder, items, pi=0.0), load_graph_index(folder), config, effort)
 
 
 def _union(left: Int32[ndarray, "batch left"], right: Int32[ndarray, "batch right"]) -> Int32[ndarray, "batch union"]:

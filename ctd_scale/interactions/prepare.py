@@ -30,7 +30,7 @@ from ctd_scale.interactions.quarantine import (
     list_reasons,
     refuse_too_many,
 )
-from ctd_scale.interactions.schema import DUPLICATE, BadInputError, clean_titles
+from ctd_scale.interactions.schema import ATTRIBUTE, DUPLICATE, BadInputError, attributes_of, clean_titles
 from ctd_scale.interactions.sequences import Sequences, build_sequences
 from ctd_scale.interactions.sources import RawSource, find_source, resolve_columns
 from ctd_scale.interactions.split import time_cuts
@@ -50,6 +50,9 @@ class PrepareReport:
     core_items: int
     titles_cut: int
     titles_missing: int
+    # By attribute: how many items have none, and how many have something there that is no number.
+    numbers_missing: dict[str, int]
+    numbers_unread: dict[str, int]
     users: int
     items: int
     interactions: int
@@ -106,7 +109,8 @@ def _read(
     """Everything but publishing; refused rows are in the quarantine, and the log is backed by files in `scratch`."""
     with quarantine:
         bad_items, bad_rows, repeated = Refused(), Refused(), Refused()
-        items = read_catalogue(source.items, {name: columns[name] for name in ("item", "title", "category")})
+        item_columns = {name: columns[name] for name in ("item", "title", "category")}
+        items = read_catalogue(source.items, {**item_columns, **source.attributes})
         in_labels = pc.add(items["file"], pa.scalar(len(source.interactions), pa.int32()))
         items = items.set_column(items.schema.get_field_index("file"), "file", in_labels)
         quarantine.add(items.filter(pc.is_valid(items["reason"])), bad_items)
@@ -114,6 +118,7 @@ def _read(
         catalogue, titles_cut, titles_missing = clean_titles(
             items.filter(pc.is_null(items["reason"])), config.max_title_chars
         )
+        numbers_missing, numbers_unread = _count_numbers(catalogue)
 
         start_ray()
         keep_raw = config.duplicates != "keep"
@@ -171,12 +176,29 @@ def _read(
         core_items=made.core_items,
         titles_cut=titles_cut,
         titles_missing=titles_missing,
+        numbers_missing=numbers_missing,
+        numbers_unread=numbers_unread,
         users=log.num_users,
         items=log.num_items,
         interactions=len(log.items),
         split_users=len(log.split_users()),
     )
     return report, log
+
+
+def _count_numbers(catalogue: pa.Table) -> tuple[dict[str, int], dict[str, int]]:
+    """By attribute: items without a value, and those whose value is no number. An item is not left out for it, as it
+    would take its interactions with it: no range holds it. Raises BadInputError where a column has no number at all."""
+    missing, unread = {}, {}
+    for column in attributes_of(catalogue):
+        name, values = column.removeprefix(ATTRIBUTE), catalogue[column]
+        missing[name], unread[name] = values.null_count, pc.sum(pc.is_nan(values)).as_py() or 0
+        if len(values) and missing[name] + unread[name] == len(values):
+            raise BadInputError(
+                f"interactions.attribute_columns: {name!r} holds no number in {len(values):,} items "
+                f"({unread[name]:,} have something else there); name a column of numbers"
+            )
+    return missing, unread
 
 
 def _require_interactions(made: Sequences, config: InteractionsConfig) -> None:
@@ -234,6 +256,10 @@ def _show(report: PrepareReport, config: InteractionsConfig) -> None:
         lines.append(f"titles missing: {report.titles_missing:,} (the category, or else the id, stands in)")
     if report.titles_cut:
         lines.append(f"titles cut to interactions.max_title_chars={config.max_title_chars}: {report.titles_cut:,}")
+    for name, missing in report.numbers_missing.items():
+        lines.append(
+            f"{name}: {missing:,} items have none, {report.numbers_unread[name]:,} something that is no number"
+        )
     lines.append(
         f"{report.users:,} users, {report.items:,} items, {report.interactions:,} interactions; "
         f"{report.split_users:,} users have a test target"

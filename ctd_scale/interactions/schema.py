@@ -16,6 +16,9 @@ INTEGER = r"^-?[0-9]+(\.0*)?$"
 NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 CONTROL = r"[\p{Cc}\x{2028}\x{2029}]+"
 
+# Before the name of a number of the items, which may be called anything.
+ATTRIBUTE = "attribute:"
+
 UNPARSABLE_LINE = "unparsable line"
 MISSING_USER = "missing user_id"
 MISSING_ITEM = "missing item_id"
@@ -67,14 +70,23 @@ def check_interactions(raw: pa.RecordBatch, *, position: bool, known_items: pa.A
 
 
 def check_items(raw: pa.RecordBatch) -> pa.Table:
-    """Rows as item_id, title, category, row, reason (null = good).
+    """Rows as item_id, title, category, row, reason (null = good), and the attributes as `parse_number` gives them.
 
-    `raw` has item, title, category, row, unparsable. Duplicates need all rows: `mark_duplicate_items`.
+    `raw` has item, title, category, row, unparsable and the attributes. Duplicates need all rows:
+    `mark_duplicate_items`.
     """
     items = as_text(raw.column("item"))
     problems = {UNPARSABLE_LINE: raw.column("unparsable"), MISSING_ITEM: pc.is_null(items)}
     columns = [items, as_text(raw.column("title")), as_text(raw.column("category")), raw.column("row")]
-    return pa.table([*columns, _first_problem(problems)], names=["item_id", "title", "category", "row", "reason"])
+    table = pa.table([*columns, _first_problem(problems)], names=["item_id", "title", "category", "row", "reason"])
+    for name in attributes_of(raw):
+        table = table.append_column(name, parse_number(raw.column(name)))
+    return table
+
+
+def attributes_of(table: pa.Table | pa.RecordBatch) -> list[str]:
+    """The columns that are numbers of the items."""
+    return [name for name in table.schema.names if name.startswith(ATTRIBUTE)]
 
 
 def mark_duplicate_items(items: pa.Table) -> pa.Table:
@@ -100,7 +112,8 @@ def clean_titles(items: pa.Table, max_chars: int) -> tuple[pa.Table, int, int]:
     title = pc.if_else(missing, instead, given)
     cut = pc.greater(pc.utf8_length(title), max_chars)
     title = pc.if_else(cut, pc.utf8_slice_codeunits(title, 0, max_chars), title)
-    cleaned = pa.table({"item_id": items["item_id"], "title": title, "category": category})
+    kept = {name: items[name] for name in attributes_of(items)}
+    cleaned = pa.table({"item_id": items["item_id"], "title": title, "category": category, **kept})
     return cleaned, pc.sum(cut).as_py() or 0, pc.sum(missing).as_py() or 0
 
 
@@ -155,6 +168,19 @@ def parse_position(values: pa.Array) -> pa.Array:
     text = pc.utf8_trim_whitespace(as_text(values))
     whole = pc.if_else(pc.match_substring_regex(text, INTEGER), text, None)
     return cast_or_null(pc.replace_substring_regex(whole, r"\.0*$", ""), pa.int64())
+
+
+def parse_number(values: pa.Array) -> pa.Array:
+    """Numbers, or text of them, as float64: null where there is none, NaN where what is there is no finite number."""
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        numbers = values.cast(pa.float64(), safe=False)
+        # A float column has NaN where a value is missing.
+        return pc.if_else(pc.is_inf(numbers), np.nan, pc.if_else(pc.is_nan(numbers), None, numbers))
+    text = pc.utf8_trim_whitespace(as_text(values))
+    text = pc.if_else(pc.equal(text, ""), None, text)
+    numbers = cast_or_null(pc.if_else(pc.match_substring_regex(text, NUMBER), text, None), pa.float64())
+    read = pc.fill_null(pc.is_finite(numbers), False)
+    return pc.if_else(pc.is_null(text), None, pc.if_else(read, numbers, np.nan))
 
 
 def cast_or_null(values: pa.Array, target: pa.DataType) -> pa.Array:

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Int32, Int64
 from numpy import ndarray
 from numpy.lib.format import open_memmap
 
-from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.batches import ITEM_COLUMNS, Catalogue, InteractionLog
+from ctd_scale.interactions.schema import ATTRIBUTE, attributes_of
 
 Pairs = Iterable[tuple[Int64[ndarray, "rows"], Int32[ndarray, "rows"]]]
 
@@ -59,7 +60,7 @@ def build_sequences(
     """Sort good rows (user_id, item, order, place) by user and time, and index users and items.
 
     All rows of a user are in one part. Users keep the order in which they are first seen (`place`), items that of
-    `items` (item_id, title, category). Rows of the same time keep their order in the files. With
+    `items` (item_id, title, category, attributes). Rows of the same time keep their order in the files. With
     `min_item_interactions` above 1 an item that falls short leaves the catalogue too. The log keeps the times if the
     orders are such (`timed`); it may be empty, and is backed by files in `folder`. `refuse` is given the duplicates.
     """
@@ -89,12 +90,14 @@ def build_sequences(
     order = np.argsort(np.concatenate(first_seen))
     order = order[kept_users[order]]
     catalogue = items.filter(pa.array(kept_items))
+    item_ids, titles, categories = (catalogue[name].to_pylist() for name in ITEM_COLUMNS)
+    numbers = {name.removeprefix(ATTRIBUTE): catalogue[name].to_numpy() for name in attributes_of(catalogue)}
     offsets, log_items, times = _place(made, order, num_users, in_core, np.cumsum(kept_items) - 1, folder, timed)
     log = InteractionLog(
         offsets=offsets,
         items=log_items,
         user_ids=pa.concat_arrays(ids).take(pa.array(order)).to_pylist(),
-        catalogue=Catalogue(*(catalogue[name].to_pylist() for name in ("item_id", "title", "category"))),
+        catalogue=Catalogue(item_ids, titles, categories, numbers),
         times=times,
     )
     return Sequences(

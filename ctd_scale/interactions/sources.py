@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.downloads import DOWNLOAD, download
 from ctd_scale.interactions.reading import columns_of, expand
-from ctd_scale.interactions.schema import BadInputError
+from ctd_scale.interactions.schema import ATTRIBUTE, BadInputError
 
 FOLDERS = {"ml-100k": "ml100k", "software": "amazon_software", "beauty": "amazon_beauty", "lastfm": "lastfm"}
 CACHE = Path.home() / ".cache" / "ctd-scale" / "data"
@@ -23,7 +23,8 @@ CACHE = Path.home() / ".cache" / "ctd-scale" / "data"
 
 @dataclass(frozen=True)
 class RawSource:
-    """Raw files and the names of their columns; no `order` = `timestamp` or `position`, whichever exists."""
+    """Raw files and the names of their columns; no `order` = `timestamp` or `position`, whichever exists. `attributes`:
+    our names (ATTRIBUTE before that of the config) to the file's."""
 
     interactions: tuple[str, ...]
     items: tuple[str, ...]
@@ -33,15 +34,17 @@ class RawSource:
     rating: str = "rating"
     title: str = "title"
     category: str = "category"
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_source(config: InteractionsConfig) -> RawSource:
     """The files that the configuration names. Raises BadInputError: not there, or not to be had."""
-    if config.dataset == "files":
-        return _own_files(config)
+    names = config.attribute_columns
     if config.dataset == "ml-100k" and (source := _movielens_wheel()) is not None:
-        return source
-    return _folder_source(_ready_made_folder(config))
+        # RecBole's files name a column and its type.
+        return replace(source, attributes={f"{ATTRIBUTE}{name}": f"{name}:token" for name in names})
+    source = _own_files(config) if config.dataset == "files" else _folder_source(_ready_made_folder(config))
+    return replace(source, attributes={f"{ATTRIBUTE}{name}": name for name in names})
 
 
 def resolve_columns(source: RawSource) -> dict[str, str]:
@@ -65,6 +68,8 @@ def resolve_columns(source: RawSource) -> dict[str, str]:
         # Not every catalogue has categories; one that was asked for by name must be there.
         if source.category != RawSource.category:
             _require_column(path, present, source.category, "category_column")
+        for column in source.attributes.values():
+            _require_column(path, present, column, "attribute_columns")
     return {
         "user": source.user,
         "item": source.item,

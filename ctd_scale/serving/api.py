@@ -31,17 +31,21 @@ from ctd_scale.serving.schema import (
     RequestError,
     UnknownItemError,
     UnknownUserError,
+    Version,
 )
 
-# A queue is full, or no replica is there (yet, or any more).
-OVERLOAD = (BackPressureError, DeploymentUnavailableError, RayActorError)
+# No replica is there (yet, or any more).
+UNAVAILABLE = (DeploymentUnavailableError, RayActorError)
+RETRY = {"Retry-After": "1"}
 MAX_PROBLEMS = 3
 STATUSES = {
     400: "the body is not JSON",
     404: "unknown user or item",
+    408: "the body did not arrive in time",
     413: "the body is too large",
     422: "a field is wrong",
-    503: "too many requests wait",
+    429: "too many requests wait",
+    503: "no replica is there",
     504: "no answer in time",
 }
 PAGE = {
@@ -72,6 +76,8 @@ class Backend(Protocol):
 
     @property
     def version(self) -> str: ...
+    @property
+    def tuned(self) -> dict[str, float] | None: ...
     async def ready(self) -> None: ...
     async def recommend(self, request: RecommendRequest) -> Answered: ...
     async def picture(self, request: RecommendRequest) -> dict[str, Any]: ...
@@ -84,7 +90,7 @@ class Backend(Protocol):
 def make_api(backend: Backend, config: ServingConfig) -> FastAPI:
     """The endpoint around a chain."""
     api = FastAPI(title="ctd-scale", version=__version__, description="Generative recommendation.")
-    api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
     api.add_middleware(Observed, observe=backend.observe)
     _add_error_handlers(api)
     _add_page(api)
@@ -92,29 +98,32 @@ def make_api(backend: Backend, config: ServingConfig) -> FastAPI:
         status: {"model": ErrorResponse, "description": meaning} for status, meaning in STATUSES.items()
     }
 
-    async def in_time(answer: Awaitable[Found]) -> Found:
+    async def in_time(answer: Awaitable[Found], deadline_ms: int | None = None) -> Found:
+        limit = allowed_seconds(deadline_ms, config)
         try:
-            return await asyncio.wait_for(answer, config.request_timeout_s)
+            return await asyncio.wait_for(answer, limit)
         except asyncio.TimeoutError:
-            raise HTTPException(504, f"no answer within {config.request_timeout_s:g} s") from None
-        except OVERLOAD as error:  # not by a handler: Ray Serve puts its own in its place
-            raise HTTPException(503, "too busy, try again later", {"Retry-After": "1"}) from error
+            raise HTTPException(504, f"no answer within {limit:g} s") from None
+        except BackPressureError as error:  # not by a handler: Ray Serve puts its own in its place
+            raise HTTPException(429, "too many requests wait, try again later", RETRY) from error
+        except UNAVAILABLE as error:
+            raise HTTPException(503, "no replica is there, try again later", RETRY) from error
 
     @api.get("/healthz")
     async def healthz() -> Health:
         """The endpoint is up."""
         return Health(status="ok", version=backend.version)
 
-    @api.get("/readyz", responses={status: documented[status] for status in (503, 504)})
+    @api.get("/readyz", responses={status: documented[status] for status in (429, 503, 504)})
     async def readyz() -> Health:
         """Every step has answered once."""
         await in_time(backend.ready())
         return Health(status="ready", version=backend.version)
 
-    @api.get("/v1/version")
-    async def version() -> Health:
-        """What is served: 12 hex digits over models and index."""
-        return Health(status="ok", version=backend.version)
+    @api.get("/v1/version", response_model_exclude_none=True)
+    async def version() -> Version:
+        """What is served: 12 hex digits over models and index, and the settings that a latency target chose."""
+        return Version(status="ok", version=backend.version, tuned=backend.tuned)
 
     @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
@@ -124,22 +133,28 @@ def make_api(backend: Backend, config: ServingConfig) -> FastAPI:
     @api.post("/v1/recommend", response_model=RecommendResponse, responses=documented)
     async def recommend(request: RecommendRequest, http: Request) -> dict[str, Any]:
         check_limits(request, config)
-        answered = await in_time(backend.recommend(request))
+        answered = await in_time(backend.recommend(request), request.deadline_ms)
         setattr(http.state, STAGES, answered.seconds)
         return answered.body
 
     @api.post("/v1/recommend:batch", response_model=BatchResponse, responses=documented)
     async def recommend_batch(request: BatchRequest) -> dict[str, Any]:
-        """Several requests; one that is wrong gets an error in its place, and the others their answers."""
+        """Several requests; one that is wrong, or late by its own deadline, gets an error in its place, and the others
+        their answers."""
         if len(request.requests) > config.max_requests:
             raise RequestError(f"requests: {len(request.requests)}, expected at most {config.max_requests}")
 
         async def one(request: RecommendRequest) -> dict[str, Any]:
             try:
                 check_limits(request, config)
-                return (await backend.recommend(request)).body
+                limit = allowed_seconds(request.deadline_ms, config)
+                return (await asyncio.wait_for(backend.recommend(request), limit)).body
             except RequestError as error:
                 return {"error": _encodable(str(error))}
+            except asyncio.TimeoutError:
+                if request.deadline_ms is None:  # the server's own, which ends the whole batch
+                    raise
+                return {"error": f"no answer within {limit:g} s"}
 
         return {"responses": await in_time(asyncio.gather(*map(one, request.requests)))}
 
@@ -159,7 +174,7 @@ def make_api(backend: Backend, config: ServingConfig) -> FastAPI:
     async def picture(request: RecommendRequest) -> dict[str, Any]:
         """The preference after a history, the generated vectors and the items around them, in two dimensions."""
         check_limits(request, config)
-        return await in_time(backend.picture(request))
+        return await in_time(backend.picture(request), request.deadline_ms)
 
     return api
 
@@ -172,6 +187,12 @@ def _add_page(api: FastAPI) -> None:
             return Response(text, media_type=media_type, headers=PAGE_HEADERS)
 
         api.add_api_route(path, file, include_in_schema=False, response_model=None)
+
+
+def allowed_seconds(deadline_ms: int | None, config: ServingConfig) -> float:
+    """How long an answer may take: as the request says, and never longer than the server allows."""
+    own = config.request_timeout_s
+    return own if deadline_ms is None else min(own, deadline_ms / 1000)
 
 
 def check_limits(request: RecommendRequest, config: ServingConfig) -> None:

@@ -21,6 +21,7 @@ from ray.serve.schema import LoggingConfig
 
 from ctd_scale.artifacts import Run
 from ctd_scale.config import RunConfig, ServingConfig
+from ctd_scale.latency import described
 from ctd_scale.serving.deployments import App, Preference
 from ctd_scale.serving.release import Coordinator, Source, source_of
 from ctd_scale.training import console, start_ray
@@ -30,7 +31,7 @@ APPLICATION = "ctd-scale"
 PREFERENCE_CPUS, OTHER_CPUS = 1.0, 0.25
 # Both models are small next to an accelerator: four replicas share one.
 GPU_SHARE = 0.25
-# The endpoint answers 504 by itself; the proxy's own limit is for bodies that never end.
+# The endpoint answers 408 and 504 by itself; the proxy's own limit is for replicas that hang.
 PROXY_GRACE_S = 5.0
 READY_TIMEOUT_S = 60.0
 SWAP_TIMEOUT_S = 600.0
@@ -78,6 +79,7 @@ def serve_run(open_run: Callable[[], tuple[Run, RunConfig]], *, host: str, port:
         undo.callback(stop_serving)
         url = _start(application, source.config.serving, host, port)
         console.print(f"serving {source.run.url} at {url} (docs at {url}/docs)", highlight=False, soft_wrap=True)
+        _say_tuned(source)
         if blocking:
             _wait_for_signal(lambda: swap(*open_run(), url))
         else:
@@ -102,7 +104,18 @@ def swap(run: Run, config: RunConfig, url: str) -> str:
                 f"still serving version {served}; logs/serving of the run that was served first says why"
             )
         time.sleep(0.2)
+    _say_tuned(source)
     return source.version
+
+
+def _say_tuned(source: Source) -> None:
+    if source.tuned is not None:
+        console.print(
+            f"  for serving.target_p99_ms={source.config.serving.target_p99_ms:g}: {described(source.tuned.settings)} "
+            f"(behind the preference p99 {source.tuned.p99_ms:g} ms, NDCG@10 {source.tuned.ndcg:g} on validation)",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _served_version(url: str) -> str:
@@ -135,7 +148,7 @@ def _options(config: ServingConfig, num_cpus: float, num_gpus: float = 0.0) -> d
 def _start(application: serve.Application, config: ServingConfig, host: str, port: int) -> str:
     """Serve the application; returns its URL once it answers there."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    timeout = config.request_timeout_s + PROXY_GRACE_S
+    timeout = config.body_timeout_s + config.request_timeout_s + PROXY_GRACE_S
     serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=timeout), logging_config=QUIET)
     serve.run(application, name=APPLICATION, route_prefix="/")
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -30,6 +30,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ctd_scale.config import ServingConfig
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.recommender import Recommendation, excluded_items, load_preference, timed
+from ctd_scale.retrieval.boosts import Boosts
 from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record, access_log
 from ctd_scale.serving.picture import flattened
@@ -121,6 +122,7 @@ class Order:
     text: str
     excluded: Int32[ndarray, "_"]
     k: int
+    boosts: Boosts | None = None
 
 
 @serve.ingress()
@@ -152,6 +154,11 @@ class App(Step):
     @property
     def version(self) -> str:
         return self._release.version
+
+    @property
+    def tuned(self) -> dict[str, float] | None:
+        row = self._release.source.tuned
+        return None if row is None else row.values()
 
     async def _follow(self) -> None:
         """Serve what the coordinator says, as soon as all of it is there. A queue that is full or a process that is
@@ -189,6 +196,7 @@ class App(Step):
     async def recommend(self, request: RecommendRequest) -> Answered:
         release = self._release
         history, excluded = _resolved(release, request)
+        boosts = release.directory.boosts(request.boosts)
         limit = self._config.max_ongoing_requests + self._config.max_queued_requests
         if self._in_progress >= limit:
             raise BackPressureError(num_queued_requests=self._in_progress, max_queued_requests=limit)
@@ -199,7 +207,8 @@ class App(Step):
             if request.explain:
                 with timed("text", seconds):
                     text = await _result(self._preference.text.remote((release.source.models, history)))
-            recommendation, behind = await self._ranked(Order(release, preference, history, text, excluded, request.k))
+            order = Order(release, preference, history, text, excluded, request.k, boosts)
+            recommendation, behind = await self._ranked(order)
         finally:
             self._in_progress -= 1
         self._searched = Searched(release.version, release.rank.retrieve.retriever, preference)
@@ -223,6 +232,7 @@ class App(Step):
                 [order.excluded for order in chosen],
                 max(order.k for order in chosen),
                 seconds,
+                [order.boosts for order in chosen],
             )
             for place, order, answer in zip(places, chosen, answers, strict=True):
                 cut = replace(answer, items=answer.items[: order.k], scores=answer.scores[: order.k])
@@ -297,6 +307,8 @@ def _resolved(release: Release, request: RecommendRequest) -> tuple[Int32[ndarra
         items=request.exclude_items,
         categories=request.categories,
         exclude_categories=request.exclude_categories,
+        only_items=request.only_items,
+        ranges=request.ranges,
     )
     (excluded,) = excluded_items([history], request.exclude_seen, [further])
     return release.read_as[history], excluded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -69,19 +70,30 @@ class Observed:
 
 
 class BodyLimit:
-    """Refuses a body once more than `max_bytes` of it arrived, whatever its Content-Length claims."""
+    """Refuses a body once more than `max_bytes` of it arrived, whatever its Content-Length claims, or once `timeout_s`
+    are over before all of it did."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+        self._max_bytes, self._timeout_s = max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
+        received, complete = 0, False
+        deadline = time.monotonic() + self._timeout_s
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # what comes now is the client's leaving, for which there is time
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                # The rest of the body may still come: it is not the beginning of another request.
+                raise HTTPException(
+                    408, f"body: expected all of it within {self._timeout_s:g} s", {"Connection": "close"}
+                ) from None
             received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
             if received > self._max_bytes:
                 raise HTTPException(413, f"body: expected at most {self._max_bytes} bytes")
             return message

@@ -20,8 +20,9 @@ from ctd_scale.artifacts import Artifact, ArtifactError, Run
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.changes import in_force, read_changes
 from ctd_scale.config import RunConfig
+from ctd_scale.latency import Row, chosen_row, load_tuned
 from ctd_scale.live import Base, apply_changes, load_base
-from ctd_scale.recommender import ARTIFACTS, RankStep, load_artifacts, load_rank, version_of
+from ctd_scale.recommender import ARTIFACTS, RankStep, load_artifacts, version_of
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.schema import Directory
@@ -37,7 +38,7 @@ serving_log = logging.getLogger("ctd_scale.serving")
 @dataclass(frozen=True)
 class Source:
     """The artifacts of a run at one time: `models` is their version, `version` that of all with the `changes` of this
-    number. `number` counts what was served before."""
+    number. `number` counts what was served before; `tuned` is what `serving.target_p99_ms` chose."""
 
     run: Run
     config: RunConfig
@@ -45,6 +46,7 @@ class Source:
     version: str
     changes: int = 0
     number: int = 0
+    tuned: Row | None = None
 
     def artifacts(self) -> dict[str, Artifact]:
         """The artifacts, refused where they are no longer those of this version: a replica that starts late must not
@@ -58,14 +60,16 @@ class Source:
 def source_of(run: Run, config: RunConfig) -> Source:
     """What a run holds now.
 
-    Raises ArtifactError: an artifact is missing, damaged or made from another version of another.
+    Raises ArtifactError: an artifact is missing, damaged or made from another version of another; ValueError: nothing
+    is as fast as `serving.target_p99_ms` wants.
     """
     if run.is_local:
         # Replicas may live in another working directory, and a link may lead elsewhere later.
         folder = run.root.resolve()
         run = replace(run, storage=str(folder.parent), name=folder.name)
     artifacts, changes = load_artifacts(run), read_changes(run)
-    return Source(run, config, version_of(artifacts), version_of(artifacts, changes), changes.number)
+    models, version = version_of(artifacts), version_of(artifacts, changes)
+    return Source(run, config, models, version, changes.number, tuned=chosen_row(run, config, artifacts))
 
 
 def changed(source: Source) -> Source:
@@ -111,7 +115,7 @@ def open_release(source: Source, before: Release | None = None) -> Release:
     if live.retriever.text is not None:
         live.retriever.text.warm_up()
     directory = Directory(InteractionLog.load(artifacts["interactions"].path), live.catalogue, live.places)
-    rank = load_rank(artifacts, source.config, live)
+    rank = load_tuned(artifacts, source.config, None if source.tuned is None else source.tuned.settings, live)
     return Release(source, base, live.catalogue, directory, rank, live.read_as)
 
 

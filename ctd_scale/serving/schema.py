@@ -8,15 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 from numpy import ndarray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.recommender import Recommendation
+from ctd_scale.retrieval.boosts import Boosts
 
 # A message must stay short whatever was sent.
 MAX_NAMED, MAX_CHARS = 5, 64
+# Each different factor is a search of its own.
+MAX_BOOSTS = MAX_FACTORS = 16
 
 
 class RequestError(ValueError):
@@ -35,6 +38,21 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class Range(_Strict):
+    """Numbers from `min` to `max`, both included; either may be missing."""
+
+    min: float | None = Field(None, allow_inf_nan=False)
+    max: float | None = Field(None, allow_inf_nan=False)
+
+
+class Boost(_Strict):
+    """Multiplies the scores of items of any of `categories`, or of `items`; negative scores are divided."""
+
+    categories: list[str] | None = None
+    items: list[str] | None = None
+    factor: float = Field(ge=0.01, le=100, description="above 1 they gain, below 1 they lose")
+
+
 class RecommendRequest(_Strict):
     """Exactly one of `history` and `user_id`."""
 
@@ -45,6 +63,19 @@ class RecommendRequest(_Strict):
     exclude_items: list[str] = Field([], description="item ids that may not come back")
     categories: list[str] | None = Field(None, description="only items of these categories")
     exclude_categories: list[str] = Field([], description="no items of these categories")
+    only_items: list[str] | None = Field(None, description="only these item ids may come back")
+    ranges: dict[str, Range] = Field(
+        {},
+        description="only items whose number lies within, by name (interactions.attribute_columns); an item without "
+        "the number does not come back",
+        examples=[{}],
+    )
+    boosts: list[Boost] = Field(
+        [], max_length=MAX_BOOSTS, description="items to be seen more, or less; several multiply", examples=[[]]
+    )
+    deadline_ms: int | None = Field(
+        None, ge=1, description="answer 504 when there is no answer by then; serving.request_timeout_s bounds it"
+    )
     explain: bool = Field(False, description="let the LLM say what the user wants; items that agree with it gain")
 
 
@@ -114,6 +145,12 @@ class Health(_Strict):
     version: str
 
 
+class Version(Health):
+    """What is served; `tuned` only where `serving.target_p99_ms` chose the settings: they, and what was measured."""
+
+    tuned: dict[str, int | float] | None = None
+
+
 class Directory:
     """From raw ids to histories of item indices. Given a catalogue that grew since the log was read, and the places of
     its items, it knows these."""
@@ -137,6 +174,7 @@ class Directory:
         categories = pa.array(catalogue.categories, pa.string()).dictionary_encode()
         self._categories = {name: code for code, name in enumerate(categories.dictionary.to_pylist())}
         self._category_of = categories.indices.to_numpy()
+        self._attributes = catalogue.attributes
 
     def history(self, *, user_id: str | None = None, history: Sequence[str] | None = None) -> Int32[ndarray, "length"]:
         """Item indices, oldest first: a user's whole history, or the given item ids.
@@ -176,11 +214,13 @@ class Directory:
         items: Sequence[str] = (),
         categories: Sequence[str] | None = None,
         exclude_categories: Sequence[str] = (),
+        only_items: Sequence[str] | None = None,
+        ranges: Mapping[str, Range] | None = None,
     ) -> Int32[ndarray, "_"]:
-        """Items that may not come back: the named ones, those outside `categories`, those in `exclude_categories`. They
-        come in no order, and some twice.
+        """Items that may not come back: the named ones, those outside `categories`, those in `exclude_categories`, all
+        but `only_items`, those outside one of `ranges` or without its number. They come in no order, and some twice.
 
-        Raises RequestError: an unknown item or category, or no category allowed.
+        Raises RequestError: an unknown item, category or number, no category or item allowed, a range without ends.
         """
         named = _looked_up(items, self._items, "exclude_items", "item ids")
         unwanted = np.zeros(len(self._categories), bool)
@@ -190,9 +230,78 @@ class Directory:
             unwanted[:] = True
             unwanted[_looked_up(categories, self._categories, "categories", "categories")] = False
         unwanted[_looked_up(exclude_categories, self._categories, "exclude_categories", "categories")] = True
-        if not unwanted.any():
+        out = [self._outside(name, each) for name, each in (ranges or {}).items()]
+        if unwanted.any():
+            out.append(unwanted[self._category_of])
+        if only_items is not None:
+            if not only_items:
+                raise RequestError("only_items: is empty, expected at least one, or none given")
+            out.append(np.ones(len(self._category_of), bool))
+            out[-1][_looked_up(only_items, self._items, "only_items", "item ids")] = False
+        if not out:
             return named
-        return np.concatenate([named, np.flatnonzero(unwanted[self._category_of])]).astype(np.int32)
+        return np.concatenate([named, np.flatnonzero(np.logical_or.reduce(out))]).astype(np.int32)
+
+    def boosts(self, wanted: Sequence[Boost]) -> Boosts | None:
+        """The factors that these give to items; None where all have 1.
+
+        Raises RequestError: an unknown item or category, not exactly one of both, or too many different factors.
+        """
+        if not wanted:
+            return None
+        factors = np.ones(len(self._category_of), np.float32)
+        for place, each in enumerate(wanted):
+            field = f"boosts.{place}"
+            if bool(each.categories) == bool(each.items):
+                raise RequestError(f"{field}: give exactly one of categories and items, not empty")
+            if each.items:
+                factors[_looked_up(each.items, self._items, f"{field}.items", "item ids")] *= np.float32(each.factor)
+            else:
+                chosen = np.zeros(len(self._categories), bool)
+                names = each.categories or ()
+                chosen[_looked_up(names, self._categories, f"{field}.categories", "categories")] = True
+                factors[chosen[self._category_of]] *= np.float32(each.factor)
+        boosted = np.flatnonzero(factors != 1).astype(np.int32)
+        if (different := len(np.unique(factors[boosted]))) > MAX_FACTORS:
+            raise RequestError(
+                f"boosts: they give items {different} different factors, expected at most {MAX_FACTORS}; "
+                "let fewer of them overlap"
+            )
+        return Boosts(boosted, factors[boosted]) if len(boosted) else None
+
+    def _outside(self, name: str, wanted: Range) -> Bool[ndarray, "items"]:
+        """Items whose number of that name is not within, or not known."""
+        if name not in self._attributes:
+            known = ", ".join(map(_shown, list(self._attributes)[:MAX_NAMED])) or "none"
+            raise RequestError(
+                f"ranges: items have no number {_shown(name)} (they have: {known}); "
+                "interactions.attribute_columns says which they have"
+            )
+        low, high = wanted.min, wanted.max
+        if low is None and high is None:
+            raise RequestError(f"ranges.{name[:MAX_CHARS]}: expected min, max or both")
+        if low is not None and high is not None and low > high:
+            raise RequestError(f"ranges.{name[:MAX_CHARS]}: min={low:g} is above max={high:g}")
+        values = self._attributes[name]
+        inside = ~np.isnan(values)
+        if low is not None:
+            inside &= values >= low
+        if high is not None:
+            inside &= values <= high
+        return ~inside
+
+
+def read_range(text: str) -> tuple[str, Range]:
+    """`price=5:20`, `price=5:` or `price=:20`: a name and its range. Raises RequestError where it is no such word."""
+    name, _, ends = text.rpartition("=")
+    low, separator, high = ends.partition(":")
+    try:
+        wanted = Range(min=float(low) if low else None, max=float(high) if high else None)
+    except ValueError:  # also what pydantic raises
+        separator = ""
+    if not name or not separator:
+        raise RequestError(f"--range {text}: expected NAME=MIN:MAX, such as price=5:20, price=5: or price=:20")
+    return name, wanted
 
 
 def _looked_up(names: Sequence[str], index: Mapping[str, int], field: str, what: str) -> Int32[ndarray, "names"]:

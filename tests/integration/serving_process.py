@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-START_S, TIMEOUT_S = 600, 5
+START_S, TIMEOUT_S, BODY_TIMEOUT_S = 600, 5, 1
 CTD = [sys.executable, "-c", "from ctd_scale.cli import main; main()"]
 RECOMMEND = "/v1/recommend"
 
@@ -44,11 +44,12 @@ class Server:
 
 
 @contextmanager
-def started(run: Path) -> Iterator[Server]:
+def started(run: Path, *overrides: str) -> Iterator[Server]:
     """Serves a run from another folder than this one; ends the server, if nobody did, by SIGTERM."""
     ray_folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: socket paths are limited
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [*CTD, "serve", "--run", run.name, "--port", "0", "--set", f"serving.request_timeout_s={TIMEOUT_S}.0"]
+    limits = (f"serving.request_timeout_s={TIMEOUT_S}.0", f"serving.body_timeout_s={BODY_TIMEOUT_S}.0", *overrides)
+    command = [*CTD, "serve", "--run", run.name, "--port", "0", *(word for each in limits for word in ("--set", each))]
     errors = Path(ray_folder) / "stderr"
     with errors.open("w") as stderr:
         process = subprocess.Popen(

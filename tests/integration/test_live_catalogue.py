@@ -12,11 +12,13 @@ import pytest
 from tiny_run import CATEGORIES, ITEMS, make_tiny_run
 
 from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.batches import Catalogue
 from ctd_scale.changes import CURRENT, delete, in_force, read_changes, read_items, roll_back, upsert, versions
 from ctd_scale.cli import main
 from ctd_scale.interactions.schema import BadInputError
 from ctd_scale.live import rebuild_index
 from ctd_scale.recommender import Recommender, load_artifacts
+from ctd_scale.serving.schema import Directory, Range
 
 pytestmark = pytest.mark.slow
 EVERYTHING = 2 * ITEMS
@@ -149,6 +151,21 @@ def test_built_anew_it_answers_as_before_and_can_be_changed_further(run: Run, ex
     assert sorted(ids_of(further)) == sorted([*set(ids_of(before)) - {"a"}, "c"])
     roll_back(run, 2)
     assert ids_of(Recommender(run)) == ids_of(before)
+
+
+def test_numbers_of_items_change_with_them(run: Run, tmp_path: Path) -> None:
+    assert Recommender(run).catalogue.attributes.keys() == {"price"}, "the tiny run has prices"
+    (tmp_path / "new.csv").write_text("item_id,title,price\na,Alpha,7.5\ni3,Renamed,2\nb,Beta,\n")
+    run.write_config(run.read_config(['interactions.attribute_columns=["price"]']))
+    upsert(run, read_items(str(tmp_path / "new.csv"), run.read_config().interactions))
+    upsert(run, items(("c", "Gamma", "")))
+    after = Recommender(run).catalogue
+    price = dict(zip(after.item_ids, after.attributes["price"], strict=True))
+    assert (price["a"], price["i3"]) == (7.5, 2)
+    assert np.isnan([price["b"], price["c"]]).all()
+    delete(run, ["a"], Catalogue.load(run.fetch("interactions").path))
+    directory = Directory(Recommender(run).log)
+    assert directory.item("i3") not in directory.excluded(ranges={"price": Range(min=1, max=2.5)})
 
 
 def test_changes_hold_over_models_that_are_trained_anew(run: Run, tmp_path: Path) -> None:

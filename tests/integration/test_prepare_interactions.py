@@ -126,6 +126,24 @@ def test_a_sketch_has_the_pairs_of_the_prepared_log(tmp_path: Path, run: Run, co
     assert np.array_equal(np.bincount(sketch.items), np.bincount(prepared.items))
 
 
+def test_numbers_of_items_are_published_by_name(tmp_path: Path) -> None:
+    prices = [None, "cheap", "", *(str(n / 4) for n in range(3, 20))]
+    items = ITEMS.append_column("price", pa.array(prices)).append_column("year", pa.array(range(1990, 2010)))
+    asked = {"attribute_columns": ["price", "year"]}
+    for suffix in (".parquet", ".csv", ".jsonl"):
+        run = Run(str(tmp_path), suffix[1:])
+        report = prepare(run, write_raw(tmp_path / suffix[1:], good_log(), items, suffix) | asked)
+        assert report.numbers_missing == {"price": 2, "year": 0}
+        assert report.numbers_unread == {"price": 1, "year": 0}
+        found = InteractionLog.load(run.fetch("interactions").path).catalogue.attributes
+        expected = [np.nan] * 3 + [n / 4 for n in range(3, 20)]
+        assert np.array_equal(found["price"], expected, equal_nan=True)
+        assert found["year"].tolist() == list(range(1990, 2010))
+    values = write_raw(tmp_path / "b", good_log(), items.append_column("name", items["title"]))
+    with pytest.raises(BadInputError, match="attribute_columns: 'name' holds no number in 20 items"):
+        prepare(Run(str(tmp_path), "b"), values | {"attribute_columns": ["name"]})
+
+
 def test_times_are_kept_and_positions_are_not_times(tmp_path: Path) -> None:
     raw = good_log()
     timed, ordered = Run(str(tmp_path), "timed"), Run(str(tmp_path), "ordered")

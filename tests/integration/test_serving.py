@@ -16,12 +16,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving_process import RECOMMEND, TIMEOUT_S, Server, started
+from serving_process import BODY_TIMEOUT_S, RECOMMEND, TIMEOUT_S, Server, started
 from tiny_run import LOST_USER, make_tiny_run
 
 from ctd_scale.artifacts import Run
 from ctd_scale.recommender import Recommender
-from ctd_scale.serving.schema import response_object
+from ctd_scale.serving.schema import Boost, Directory, response_object
 
 pytestmark = pytest.mark.slow
 
@@ -101,11 +101,36 @@ def test_filters_are_those_of_one_process(server: Server, recommender: Recommend
     assert_same(found, response_object(recommender.version, answer, catalogue))
     assert len(answer.items) == 5
     assert set(answer.items) <= allowed
+    priced = server.post(history=["i3", "i1"], k=50, ranges={"price": {"min": 2, "max": 8}}).json()["items"]
+    wanted = {f"i{item}" for item in range(40) if 4 <= item <= 16 and item % 5}
+    assert {item["item_id"] for item in priced} == wanted
+    only = server.post(history=["i3", "i1"], only_items=["i9", "i3", "i7"]).json()["items"]
+    assert {item["item_id"] for item in only} == {"i9", "i7"}
     everything = server.post(history=["i3", "i1"], k=50, exclude_categories=["comedy", "western", "crime"]).json()
     dramas = {f"i{item}" for item in range(40) if catalogue.categories[item] == "drama"}
     assert {item["item_id"] for item in everything["items"]} == dramas
     unknown = server.post(history=["i3"], categories=["dramma"])
     assert (unknown.status_code, unknown.json()) == (422, {"error": "categories: unknown categories 'dramma'"})
+
+
+def test_boosts_are_those_of_one_process(server: Server, recommender: Recommender) -> None:
+    history = np.array([3, 1], np.int32)
+    wanted = [{"categories": ["western"], "factor": 3.0}, {"items": ["i7", "i2"], "factor": 0.5}]
+    boosts = Directory(recommender.log).boosts([Boost.model_validate(each) for each in wanted])
+    (answer,) = recommender.recommend([history], 8, boosts=[boosts])
+    assert_same(
+        server.post(history=["i3", "i1"], k=8, boosts=wanted),
+        response_object(recommender.version, answer, recommender.catalogue),
+    )
+    (plain,) = recommender.recommend([history], 8)
+    westerns = [sum(item % 4 == 2 for item in each.items) for each in (answer, plain)]
+    assert westerns[0] > westerns[1]
+    with ThreadPoolExecutor(4) as threads:  # who comes together with a boost has none of it
+        asked = [wanted if place % 2 else [] for place in range(12)]
+        found = list(threads.map(lambda each: server.post(history=["i3", "i1"], k=8, boosts=each), asked))
+    for each, response in zip(asked, found, strict=True):
+        expected_answer = answer if each else plain
+        assert_same(response, response_object(recommender.version, expected_answer, recommender.catalogue))
 
 
 def test_a_batch_is_its_singles(server: Server, recommender: Recommender) -> None:
@@ -202,6 +227,16 @@ def test_a_body_that_does_not_tell_its_length_is_limited_too(server: Server) -> 
     assert (response.status_code, response.json()) == (413, {"error": "body: expected at most 4096 bytes"})
 
 
+def test_a_body_that_does_not_arrive_is_not_waited_for(server: Server) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b" "
+        time.sleep(BODY_TIMEOUT_S + 0.5)
+        yield b" "
+
+    response = server.client.post(RECOMMEND, content=pieces(), headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()) == (408, {"error": "body: expected all of it within 1 s"})
+
+
 def test_other_paths_and_methods(server: Server) -> None:
     found = server.client.get("/nothing"), server.client.get(RECOMMEND)
     assert [(each.status_code, each.json()) for each in found] == [
@@ -223,12 +258,15 @@ def test_a_step_that_hangs_fills_the_queue_and_times_out(server: Server) -> None
         assert server.client.get("/healthz").status_code == 200
     finally:
         replica.resume()
-    errors = {503: {"error": "too busy, try again later"}, 504: {"error": f"no answer within {TIMEOUT_S} s"}}
+    errors = {
+        429: {"error": "too many requests wait, try again later"},
+        504: {"error": f"no answer within {TIMEOUT_S} s"},
+    }
     assert all(response.json() == errors[response.status_code] for response in found)
     counts = Counter(response.status_code for response in found)
     # Two in progress and six in the queue wait for an answer, and whoever comes meanwhile is sent away. On a slow
     # machine some come only after these have given up, and take their places.
-    assert counts[503] >= 1
+    assert counts[429] >= 1
     assert 6 <= counts[504] <= 8 * (1 + elapsed // TIMEOUT_S)
     assert server.post(user_id="u1").status_code == 200
 

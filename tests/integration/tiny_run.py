@@ -127,6 +127,8 @@ def make_log(rng: np.random.Generator) -> InteractionLog:
             item_ids=[f"i{item}" for item in range(ITEMS)],
             titles=titles,
             categories=[CATEGORIES[item % len(CATEGORIES)] for item in range(ITEMS)],
+            # Every fifth has no price.
+            attributes={"price": np.array([item / 2 if item % 5 else np.nan for item in range(ITEMS)])},
         ),
     )
 

@@ -53,6 +53,8 @@ def test_a_file_then_overrides(tmp_path: Path) -> None:
         ("[llms]\nepochs = 3\n", "llms: unknown key"),
         ("[resources.llm]\nworkers = 3\n", "resources.llm.workers: unknown key"),
         ('[llm]\nepochs = "3"\n', "llm.epochs: Input should be a valid integer (got '3')"),
+        ('[interactions]\nattribute_columns = ["price", "price"]\n', "'price' is empty, given twice or the name of"),
+        ('[interactions]\nattribute_columns = ["title"]\n', "'title' is empty, given twice or the name of another"),
         ("[llm]\nepochs = 3.0\n", "llm.epochs: Input should be a valid integer"),
         ("[llm]\nepochs = 0\n", "llm.epochs: Input should be greater than or equal to 1 (got 0)"),
         ("[llm]\nuse_user_tokens = 1\n", "llm.use_user_tokens: Input should be a valid boolean"),

@@ -25,6 +25,7 @@ from ctd_scale.recommender import (
     excluded_items,
     fused_scores,
 )
+from ctd_scale.retrieval.boosts import Boosts
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever, lift
 from ctd_scale.retrieval.dense import ExactIndex, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
@@ -291,6 +292,77 @@ def test_a_batch_is_its_singles() -> None:
         single_ids, single_scores = answer(slice(user, user + 1))
         assert np.array_equal(single_ids[0], ids[user])
         assert np.allclose(single_scores[0], scores[user], atol=1e-5)
+
+
+# -- boosts --------------------------------------------------------------------------------------------------
+
+
+def boosts_of(seed: int, factors: list[float]) -> list[Boosts | None]:
+    """Of every user but the first, half of the items with one of these factors each."""
+    random = np.random.default_rng((seed, 6))
+    found: list[Boosts | None] = [None]
+    for _ in range(USERS - 1):
+        items = np.sort(random.choice(ITEMS, ITEMS // 2, replace=False)).astype(np.int32)
+        found.append(Boosts(items, random.choice(factors, len(items)).astype(np.float32)))
+    return found
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(0, 999),
+    st.lists(st.sampled_from([0.01, 0.5, 0.8, 1.2, 1.5, 3.0, 100.0]), min_size=1, max_size=5, unique=True),
+    st.integers(1, 9),
+)
+def test_boosted_preferences_are_ranked_as_the_whole_catalogue(seed: int, factors: list[float], k: int) -> None:
+    retrieve, (preferences, _, excluded), boosts = step(seed, candidates=9), users(seed), boosts_of(seed, factors)
+    pool = retrieve.pool(preferences, [""] * USERS, excluded, draws=None, histories=None, boosts=boosts)
+    ids, scores = retrieve.rank(pool, None, Ranking(1.0, 0.0, 0.0), k)
+    for user, each in enumerate(boosts):
+        wanted = []
+        for item in sorted(set(range(ITEMS)) - set(excluded[user].tolist())):
+            score = float(preferences[user] @ retrieve.retriever.vectors[item])
+            if each is not None and item in each.items:
+                factor = float(each.factors[each.items.tolist().index(item)])
+                score = score * factor if score > 0 else score / factor
+            wanted.append((-score, item))
+        best = sorted(wanted)[:k]
+        assert ids[user][ids[user] >= 0].tolist() == [item for _, item in best]
+        assert np.allclose(scores[user][ids[user] >= 0], [-score for score, _ in best], rtol=1e-4, atol=1e-5)
+
+
+def test_a_boost_of_others_changes_nothing_of_mine() -> None:
+    retrieve, (preferences, draws, excluded) = step(4), users(4)
+    about = {"draws": draws, "histories": histories(4)}
+    plain = retrieve.pool(preferences, [""] * USERS, excluded, **about)
+    mixed = retrieve.pool(preferences, [""] * USERS, excluded, **about, boosts=boosts_of(4, [2.0]))
+    for ranking in RANKINGS:
+        (ids, scores), (other, others) = (
+            retrieve.rank(each, errors_of(each, 4), ranking, 20) for each in (plain, mixed)
+        )
+        assert ids[0].tolist() == other[0].tolist()
+        assert np.array_equal(scores[0], others[0])
+        assert not np.array_equal(ids[1:], other[1:])
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 99), st.sampled_from(RANKINGS), st.floats(1, 5), st.integers(0, ITEMS - 1))
+def test_a_boost_never_lowers_and_its_opposite_never_raises(
+    seed: int, ranking: Ranking, factor: float, item: int
+) -> None:
+    retrieve, (preferences, draws, excluded) = step(seed), users(seed)
+
+    def order(given: float) -> list[list[int]]:
+        boosts = [Boosts(np.array([item], np.int32), np.array([given], np.float32))] * USERS
+        about = {"draws": draws, "histories": histories(seed)}
+        pool = retrieve.pool(preferences, [""] * USERS, excluded, **about, boosts=boosts)
+        found: list[list[int]] = retrieve.rank(pool, errors_of(pool, seed), ranking, ITEMS)[0].tolist()
+        return found
+
+    for plain, higher, lower in zip(order(1.0), order(factor), order(1 / factor), strict=True):
+        assert (item in higher) == (item in plain) == (item in lower), "a boost is no way around an exclusion"
+        if item in plain:
+            assert higher.index(item) <= plain.index(item)
+            assert lower.index(item) >= plain.index(item)
 
 
 # -- calibration ---------------------------------------------------------------------------------------------

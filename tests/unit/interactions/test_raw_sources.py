@@ -68,6 +68,16 @@ def test_messages_name_the_file_the_column_and_the_key(folder: Path, changes: di
         resolve_columns(find_source(config(folder, **changes)))
 
 
+def test_numbers_of_the_items_are_columns_of_the_catalogue(folder: Path) -> None:
+    (folder / "items.csv").write_text("item_id,title,price\na,A,5\n")
+    asked = config(folder).model_copy(update={"attribute_columns": ("price",)})
+    source = find_source(asked)
+    assert source.attributes == {"attribute:price": "price"}
+    assert "attribute:price" not in resolve_columns(source), "the log has none"
+    with pytest.raises(BadInputError, match=r"/items\.csv has no column 'prize'.*interactions\.attribute_columns"):
+        resolve_columns(find_source(asked.model_copy(update={"attribute_columns": ("prize",)})))
+
+
 def test_a_log_without_any_time_is_refused(folder: Path) -> None:
     (folder / "log.csv").write_text("user_id,item_id,when\n1,a,5\n")
     with pytest.raises(BadInputError, match=r"neither a column 'timestamp' nor 'position'.*interactions\.order_column"):

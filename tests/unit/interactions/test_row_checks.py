@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from datetime import date, datetime, timezone
+from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -14,6 +16,7 @@ from ctd_scale.interactions.schema import (
     check_items,
     clean_titles,
     mark_duplicate_items,
+    parse_number,
     parse_position,
     parse_time,
 )
@@ -179,6 +182,37 @@ def test_items_without_id_and_repeated_items() -> None:
         None,
         "duplicate item_id",
     ]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [
+        (pa.array(["5", " -2.50 ", "1e3", ".5", "", " ", None]), [5, -2.5, 1000, 0.5, None, None, None]),
+        (pa.array(["cheap", "1,5", "inf", "nan", "1e999", "5 EUR"]), [NAN] * 6),
+        (pa.array([5, None], pa.int8()), [5, None]),
+        (pa.array([2**62 + 1]), [float(2**62)]),
+        (pa.array([1.5, NAN, float("inf"), None]), [1.5, None, NAN, None]),
+        (pa.array([0.1], pa.float32()), [float(np.float32(0.1))]),
+        (pa.array([Decimal("19.99")]), [19.99]),
+        (pa.array([True]), [NAN]),
+        (pa.array(["7", None]).dictionary_encode(), [7, None]),
+    ],
+    ids=lambda values: str(getattr(values, "type", "")),
+)
+def test_numbers_are_read_missing_or_not_numbers(values: pa.Array, numbers: list[float | None]) -> None:
+    assert list(map(str, parse_number(values).to_pylist())) == [
+        str(None if number is None else float(number)) for number in numbers
+    ]
+
+
+def test_a_number_that_cannot_be_read_does_not_cost_the_item() -> None:
+    batch = item_batch(("a", "A", ""), ("b", "B", "")).append_column("attribute:price", pa.array(["5", "cheap"]))
+    cleaned, _, _ = clean_titles(check_items(batch), 10)
+    assert check_items(batch)["reason"].to_pylist() == [None, None]
+    assert np.array_equal(cleaned["attribute:price"].to_numpy(), [5, NAN], equal_nan=True)
 
 
 def test_missing_titles_take_the_category_or_the_id() -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import pytest
-from ray.serve.exceptions import BackPressureError
+import uvicorn
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from ctd_scale.config import ServingConfig
 from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.schema import RecommendRequest, RequestError, UnknownItemError, UnknownUserError
 
-CONFIG = ServingConfig(max_k=50, max_history=4, max_requests=3, max_body_bytes=1000, request_timeout_s=0.05)
+CONFIG = ServingConfig(
+    max_k=50, max_history=4, max_requests=3, max_body_bytes=1000, request_timeout_s=0.05, body_timeout_s=0.3
+)
 ANSWER = {"version": "v1", "items": [{"item_id": "a", "title": "Alpha", "score": 0.5}], "text": ""}
 JSON = {"Content-Type": "application/json"}
 
@@ -32,6 +36,7 @@ class Pretended:
         return "v1"
 
     def __init__(self) -> None:
+        self.tuned: dict[str, float] | None = None
         self.records: list[Record] = []
 
     async def ready(self) -> None:
@@ -49,6 +54,8 @@ class Pretended:
                 raise error
         if request.user_id == "BackPressureError":
             raise BackPressureError(num_queued_requests=6, max_queued_requests=6)
+        if request.user_id == "DeploymentUnavailableError":
+            raise DeploymentUnavailableError("Preference")
         return Answered(ANSWER, {"preference": 0.25, "rank": 0.001})
 
     async def picture(self, request: RecommendRequest) -> dict[str, Any]:
@@ -92,9 +99,11 @@ def test_an_answer_is_sent_as_it_is(ask: Ask) -> None:
     assert list(response.json()) == ["version", "items", "text"]
 
 
-def test_health_and_documentation(ask: Ask) -> None:
+def test_health_and_documentation(ask: Ask, backend: Pretended) -> None:
     for path, status in (("/healthz", "ok"), ("/v1/version", "ok"), ("/readyz", "ready")):
         assert ask("GET", path).json() == {"status": status, "version": "v1"}
+    backend.tuned = {"num_draws": 8, "effort": 0.5}
+    assert ask("GET", "/v1/version").json() == {"status": "ok", "version": "v1", "tuned": backend.tuned}
     assert ask("GET", "/docs").status_code == 200
     assert "/v1/recommend" in ask("GET", "/openapi.json").json()["paths"]
 
@@ -114,6 +123,10 @@ def test_health_and_documentation(ask: Ask) -> None:
         (b'{"k": 1e400}', 422, "k: Input should be a valid integer"),
         (b'{"k": "5"}', 422, "k: Input should be a valid integer"),
         (b'{"k": null}', 422, "k: Input should be a valid integer"),
+        (b'{"ranges": {"price": {"min": NaN}}}', 422, "ranges.price.min: Input should be a finite number"),
+        (b'{"ranges": {"price": {"from": 1}}}', 422, "ranges.price.from: Extra inputs are not permitted"),
+        (b'{"boosts": [{"items": ["a"], "factor": 0}]}', 422, "boosts.0.factor: Input should be greater than"),
+        (b'{"boosts": [{"items": ["a"]}]}', 422, "boosts.0.factor: Field required"),
         (b'{"explain": 1}', 422, "explain: Input should be a valid boolean"),
         (b'{"history": "a"}', 422, "history: Input should be a valid list"),
         (b'{"history": ["a", 7]}', 422, "history.1: Input should be a valid string"),
@@ -123,7 +136,11 @@ def test_health_and_documentation(ask: Ask) -> None:
         (b'{"' + b"x" * 900 + b'": 1}', 422, "x" * 64 + ": Extra inputs are not permitted"),
         (b'{"user_id": "RequestError"}', 422, "history: no"),
         (b'{"user_id": "UnknownUserError"}', 404, r"user_id: no '\ud800'"),
-        (b'{"user_id": "BackPressureError"}', 503, "too busy, try again later"),
+        (b'{"user_id": "BackPressureError"}', 429, "too many requests wait, try again later"),
+        (b'{"user_id": "DeploymentUnavailableError"}', 503, "no replica is there, try again later"),
+        (b'{"user_id": "a", "deadline_ms": 0}', 422, "deadline_ms: Input should be greater than or equal to 1"),
+        (b'{"user_id": "slow", "deadline_ms": 20}', 504, "no answer within 0.02 s"),
+        (b'{"user_id": "slow", "deadline_ms": 99999}', 504, "no answer within 0.05 s"),
         (b'{"user_id": "slow"}', 504, "no answer within 0.05 s"),
         (b'{"user_id": "ZeroDivisionError"}', 500, "internal error"),
     ],
@@ -145,8 +162,8 @@ def test_the_first_wrong_fields_are_all_named(ask: Ask) -> None:
 
 
 def test_an_overloaded_server_says_when_to_come_back(ask: Ask) -> None:
-    response = ask("POST", "/v1/recommend", json={"user_id": "BackPressureError"})
-    assert response.headers["Retry-After"] == "1"
+    for user in ("BackPressureError", "DeploymentUnavailableError"):
+        assert ask("POST", "/v1/recommend", json={"user_id": user}).headers["Retry-After"] == "1"
 
 
 def test_other_paths_and_methods(ask: Ask) -> None:
@@ -167,6 +184,45 @@ def test_a_large_body_is_refused_with_and_without_a_length(ask: Ask) -> None:
     assert ask("POST", "/v1/recommend", content=b'{"user_id": "a"}'.ljust(1000), headers=JSON).status_code == 200
 
 
+def test_a_body_must_arrive_in_time(backend: Pretended) -> None:
+    async def send(pieces: list[bytes], pause: float, reader: Any, writer: Any) -> bytes:
+        """The head of a request and these pieces of its body, of which there should be a hundred bytes."""
+        writer.write(b"POST /v1/recommend HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n")
+        writer.write(b"Content-Length: 100\r\n\r\n")
+        answer = asyncio.create_task(reader.readuntil(b"}"))
+        for piece in pieces:
+            if not answer.done():
+                writer.write(piece)
+                await asyncio.sleep(pause)
+        return bytes(await answer)
+
+    async def over_sockets() -> None:
+        options = {"log_level": "critical", "lifespan": "off", "ws": "none"}
+        server = uvicorn.Server(uvicorn.Config(make_api(backend, CONFIG), port=0, **options))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        whole = b'{"user_id": "a"}'.ljust(100)
+        halves = [whole[:50], whole[50:]]
+        # Nothing at all; a byte at a time, without end; two halves, one at once and one in time.
+        for pieces, pause, status in (([], 0.0, 408), ([b" "] * 30, 0.02, 408), (halves, 0.05, 200)):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            answer = await send(pieces, pause, reader, writer)
+            assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+            if status == 408:
+                assert b'{"error":"body: expected all of it within 0.3 s"}' in answer
+                assert await reader.read() == b"", "what comes after is no other request"
+            writer.close()
+        server.should_exit = True
+        await serving
+
+    started = time.monotonic()
+    asyncio.run(over_sockets())
+    assert time.monotonic() - started < 10
+    assert [record.status for record in backend.records] == [408, 408, 200]
+
+
 def test_a_batch_answers_each_and_names_what_is_wrong_with_one(ask: Ask) -> None:
     requests: list[dict[str, Any]] = [{"user_id": "a"}, {"user_id": "UnknownUserError"}, {"user_id": "a", "k": 51}]
     response = ask("POST", "/v1/recommend:batch", json={"requests": requests})
@@ -181,7 +237,11 @@ def test_a_batch_answers_each_and_names_what_is_wrong_with_one(ask: Ask) -> None
         assert refused.status_code == 422
         assert refused.json()["error"].startswith(message)
     busy = ask("POST", "/v1/recommend:batch", json={"requests": [{"user_id": "a"}, {"user_id": "BackPressureError"}]})
-    assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
+    assert (busy.status_code, busy.headers["Retry-After"]) == (429, "1")
+    late = [{"user_id": "a"}, {"user_id": "slow", "deadline_ms": 10}]
+    response = ask("POST", "/v1/recommend:batch", json={"requests": late})
+    assert response.json() == {"responses": [ANSWER, {"error": "no answer within 0.01 s"}]}
+    assert ask("POST", "/v1/recommend:batch", json={"requests": [*late, {"user_id": "slow"}]}).status_code == 504
 
 
 def test_items_like_one_and_items_by_name(ask: Ask) -> None:

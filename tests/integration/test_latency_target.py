@@ -1,0 +1,128 @@
+"""A latency target over the tiny run: measured, chosen from, refused, and served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving_process import started
+from tiny_run import make_tiny_run
+
+from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.batches import Preferences
+from ctd_scale.cli import main
+from ctd_scale.latency import Row, read_rows
+from ctd_scale.recommender import Recommender
+from ctd_scale.serving.release import Source, open_release, source_of
+from ctd_scale.serving.schema import response_object
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The tiny run with its validation preferences, and its latencies measured."""
+    run = make_tiny_run(tmp_path_factory.mktemp("latency"))
+    recommender = Recommender(run)
+    log, users = recommender.log, recommender.log.split_users("validation")
+    vectors = recommender.preference([log.history(user, "validation") for user in users.tolist()])
+    inputs = {name: run.fetch(name).digest for name in ("interactions", "models/llm")}
+    with run.publish("preferences", config_hash="tiny", inputs=inputs) as folder:
+        known = Preferences(users.astype(np.int32), log.targets(users, "validation"), vectors, [""] * len(users))
+        known.save(folder, "validation")
+    main_of("bench", "latency", "--run", str(run.root), "--json", str(run.root.parent / "latency.json"))
+    return run
+
+
+def main_of(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+
+
+def rows_of(run: Run) -> list[Row]:
+    return read_rows(run.fetch("latency").path)
+
+
+def source(run: Run, target: float) -> Source:
+    return source_of(run, run.read_config([f"serving.target_p99_ms={target}"]))
+
+
+def test_a_row_is_what_the_chain_answers_with_these_settings(run: Run) -> None:
+    rows = rows_of(run)
+    assert len(rows) == 6
+    assert json.loads((run.root.parent / "latency.json").read_text())["rows"] == [row.values() for row in rows]
+    known = Preferences.load(run.fetch("preferences").path, "validation")
+    for row in rows:
+        chain = Recommender(run, row.settings.applied(run.read_config()), row.settings.effort)
+        histories = [chain.log.history(user, "validation") for user in known.users.tolist()]
+        gains = [
+            1 / np.log2(answer.items.index(target) + 2) if target in answer.items else 0
+            for answer, target in zip(chain.recommend(histories, 10), known.targets.tolist(), strict=True)
+        ]
+        assert row.ndcg == pytest.approx(np.mean(gains), abs=1e-6)
+        assert 0 < row.p50_ms <= row.p99_ms
+    assert len({row.ndcg for row in rows}) > 1, "the settings must matter"
+
+
+def test_a_budget_chooses_or_is_refused(run: Run) -> None:
+    rows = rows_of(run)
+    fastest = min(rows, key=lambda row: row.p99_ms)
+    generous, tight = source(run, 1e6).tuned, source(run, fastest.p99_ms).tuned
+    assert generous is not None
+    assert generous.ndcg == max(row.ndcg for row in rows)
+    assert tight is not None
+    assert tight.p99_ms == fastest.p99_ms
+    with pytest.raises(ValueError, match=r"nothing measured is that fast; the fastest has p99 "):
+        source(run, fastest.p99_ms / 2)
+    assert source(run, 0).tuned is None
+
+
+def test_what_is_served_is_one_process_with_these_settings(run: Run) -> None:
+    for row in rows_of(run):
+        target = row.p99_ms
+        tuned = source(run, target)
+        assert tuned.tuned is not None
+        settings = tuned.tuned.settings
+        chain = Recommender(run, settings.applied(run.read_config()), settings.effort)
+        histories = [chain.log.full_history(user) for user in (0, 3, 5)]
+        out = [np.unique(history).astype(np.int32) for history in histories]
+        found = open_release(tuned).rank(chain.preference(histories), histories, [""] * 3, out, 8)
+        assert found == chain.recommend(histories, 8)
+
+
+def test_a_table_that_is_missing_or_of_something_else_is_refused(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.root, tmp_path / "other")
+    other = Run(str(tmp_path), "other")
+    config = other.read_config(["serving.target_p99_ms=1000", "diffusion.guidance=2.0"])
+    with pytest.raises(ArtifactError, match=r"latency was measured with other settings in \[diffusion\] or"):
+        source_of(other, config)
+    ranking = other.fetch("ranking")
+    text = (ranking.path / "ranking.json").read_text().replace('"draws": 0.5', '"draws": 0.75')
+    with other.publish("ranking", config_hash="tiny", inputs=ranking.manifest["inputs"]) as folder:
+        (folder / "ranking.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"latency was made from another ranking .*; run `ctd bench latency`"):
+        source(other, 1000)
+    shutil.rmtree(other.root / "latency")
+    with pytest.raises(ArtifactError, match="latency is not published; run `ctd bench latency`"):
+        source(other, 1000)
+
+
+@pytest.mark.slow
+def test_a_server_says_what_it_chose_and_answers_so(run: Run) -> None:
+    chosen = source(run, 1e6).tuned
+    assert chosen is not None
+    chain = Recommender(run, chosen.settings.applied(run.read_config()), chosen.settings.effort)
+    with started(run.root, "serving.target_p99_ms=1000000.0") as server:
+        assert server.process.stdout is not None
+        assert f"for serving.target_p99_ms=1e+06: num_draws={chosen.settings.num_draws}, " in (
+            server.process.stdout.readline()
+        )
+        told = server.client.get("/v1/version").json()
+        assert told == {"status": "ok", "version": chain.version, "tuned": chosen.values()}
+        (answer,) = chain.recommend([chain.log.full_history(7)], 8)
+        wanted = response_object(chain.version, answer, chain.catalogue)
+        for one, other in zip(server.post(user_id="u7", k=8).json()["items"], wanted["items"], strict=True):
+            assert one["item_id"] == other["item_id"]
+            assert one["score"] == pytest.approx(other["score"], abs=1e-6)

@@ -1,0 +1,31 @@
+"""An index that looks further, or less far."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, ScannIndex, unit_vectors
+from ctd_scale.retrieval.effort import has_effort, with_effort
+
+
+def test_effort_is_that_of_the_leaves_and_no_index_changes_another() -> None:
+    pytest.importorskip("scann")
+    vectors = unit_vectors(np.random.default_rng(0).standard_normal((900, 16)).astype(np.float32))
+    index, exact = ScannIndex.build(vectors, 0.9, leaves=30), ExactIndex(vectors)
+    queries = unit_vectors(np.random.default_rng(1).standard_normal((64, 16)).astype(np.float32))
+    wanted, _ = exact.search(queries, 10)
+
+    def recall(one: DenseIndex) -> float:
+        found, _ = one.search(queries, 10)
+        return float(np.mean([len(set(a) & set(b)) for a, b in zip(found.tolist(), wanted.tolist(), strict=True)])) / 10
+
+    before = index.settings.leaves_to_search
+    less, more = with_effort(index, 0.01), with_effort(index, 1000)
+    assert (less.settings.leaves_to_search, more.settings.leaves_to_search) == (1, 30)  # type: ignore[attr-defined]
+    assert index.settings.leaves_to_search == before
+    assert recall(less) < recall(index) <= recall(more)
+    assert with_effort(index, 1.0) is index
+    assert has_effort(index)
+    assert not has_effort(exact)
+    assert with_effort(exact, 2.0) is exact
