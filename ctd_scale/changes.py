@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctd_scale.artifacts import Artifact, ArtifactError, Run
-from ctd_scale.batches import ITEM_COLUMNS, Catalogue, read_table, write_table
+from ctd_scale.batches import ITEM_COLUMNS, read_table, write_table
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.checking import read_catalogue
 from ctd_scale.interactions.quarantine import list_paths
@@ -113,8 +113,8 @@ def upsert(run: Run, items: pa.Table) -> Changes:
     return _change(run, lambda _: rows, f"put in or altered {len(items):,} items")
 
 
-def delete(run: Run, item_ids: Sequence[str], catalogue: Catalogue) -> Changes:
-    """Take items out: they are never recommended. Histories may still name them. `catalogue` is that of the run.
+def delete(run: Run, item_ids: Sequence[str]) -> Changes:
+    """Take items out: they are never recommended. Histories may still name them.
 
     Raises BadInputError: an item that is not there.
     """
@@ -122,10 +122,10 @@ def delete(run: Run, item_ids: Sequence[str], catalogue: Catalogue) -> Changes:
 
     def rows(before: Changes) -> pa.Table:
         there = {row["item_id"]: row for row in before.table.to_pylist()}
-        missing = set(wanted) - there.keys()
-        for item_id, title, category in zip(catalogue.item_ids, catalogue.titles, catalogue.categories, strict=True):
-            if item_id in missing:
-                there[item_id] = {"item_id": item_id, "title": title, "category": category, "deleted": False}
+        missing = pa.array([item_id for item_id in wanted if item_id not in there], pa.string())
+        built = read_table(run.fetch("interactions").path / ITEMS)
+        found = built.filter(pc.is_in(built["item_id"], missing)).to_pylist() if len(missing) else []
+        there.update({row["item_id"]: {**row, "deleted": False} for row in found})
         unknown = [item_id for item_id in wanted if item_id not in there or there[item_id]["deleted"]]
         if unknown:
             named = ", ".join(f"{item_id[:64]!r}" for item_id in unknown[:MAX_NAMED])

@@ -265,7 +265,6 @@ def delete(
     items: Annotated[str, typer.Option(help="file, folder, glob or URL with item_id")] = "",
 ) -> None:
     """Take items out: they are never recommended again. Histories may still name them."""
-    from ctd_scale.batches import Catalogue
     from ctd_scale.changes import delete as take_out
     from ctd_scale.changes import read_items
 
@@ -275,8 +274,7 @@ def delete(
         gone += read_items(items, opened.read_config().interactions)["item_id"].to_pylist()
     if not gone:
         raise ValueError("nothing to take out: give --item ID or --items FILE")
-    changes = take_out(opened, gone, Catalogue.load(opened.fetch("interactions").path))
-    console.print(changes.summary, highlight=False)
+    console.print(take_out(opened, gone).summary, highlight=False)
 
 
 @index.command()
@@ -353,6 +351,7 @@ def bench_serve(
     swap_to: Annotated[
         str, typer.Option("--swap", help="a run that takes its place while the last level goes on")
     ] = "",
+    rest: Annotated[float, typer.Option(help="seconds of silence at the end, while replicas may go")] = 0.0,
     out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written")] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -365,7 +364,7 @@ def bench_serve(
         raise ValueError(f"--clients {clients} --seconds {seconds} --users {users}: expected numbers above 0")
     opened = Run.open(run)
     other = Run.open(swap_to) if swap_to else None
-    load = measure_load(opened, opened.read_config(overrides or ()), levels, seconds, users, k, explain, other)
+    load = measure_load(opened, opened.read_config(overrides or ()), levels, seconds, users, k, explain, other, rest)
     show_load(load)
     if out is not None:
         said = "".join(f" --set {override}" for override in overrides or ())

@@ -265,6 +265,8 @@ class ServingConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     min_replicas: Positive = 1
     max_replicas: Positive = 2
+    upscale_delay_s: NotNegative = Field(10.0, description="more is asked than the replicas do for so long: one more")
+    downscale_delay_s: NotNegative = Field(120.0, description="fewer would do for so long: one less")
     max_ongoing_requests: Positive = 16
     max_queued_requests: Positive = 256
     max_batch_size: Positive = 8

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int32, Int64
 from numpy import ndarray
 from rich.table import Table
 
@@ -18,8 +19,9 @@ from ctd_scale.batches import SPLITS, InteractionLog, Preferences, Split, load_r
 from ctd_scale.calibrate import scored_pools
 from ctd_scale.config import RunConfig
 from ctd_scale.metrics import ranks_in_lists
-from ctd_scale.ranking import Ranks, beyond_accuracy, padded, rank_targets, save_ranks
+from ctd_scale.ranking import TOP, Ranks, beyond_accuracy, counted_ranks, padded, rank_targets, save_ranks
 from ctd_scale.recommender import load_density, load_retrieve
+from ctd_scale.retrieval.dense import unit_vectors
 from ctd_scale.training import console
 
 INPUTS = ("interactions", "embeddings", "models/llm", "preferences", "models/diffusion", "index", "ranking")
@@ -112,6 +114,8 @@ def _rank_chain(
     preferences = Preferences.load(artifacts["preferences"].path, split)
     rankings = load_rankings(artifacts["ranking"].path)
     density, retrieve = load_density(dict(artifacts), config), load_retrieve(dict(artifacts), config)
+    item_vectors = retrieve.retriever.vectors
+    assert isinstance(item_vectors, ndarray), "the run's own index has not grown"
     spoken = any(preferences.texts)
     names = ["single_draw", *(name for name in rankings if name != "full_text" or spoken)]
     ranks: dict[str, list[ndarray]] = {name: [] for name in names}
@@ -128,20 +132,35 @@ def _rank_chain(
         chunk=config.evaluation.chunk_users,
     )
     for each in pools:
-        tail = retrieve.tail(each.pool, log.num_items)
+        pool, queries = each.pool, unit_vectors(each.pool.preferences, "query")
+        size = (pool.ids >= 0).sum(axis=1)
+        tail = retrieve.tail(pool, TOP)
+        known = [np.concatenate([out, row[row >= 0]]) for out, row in zip(pool.excluded, pool.ids, strict=True)]
+        behind = size + counted_ranks(item_vectors, queries, each.targets, known)
         shared = time.perf_counter() - started
         for name in names:
             began = time.perf_counter()
             if name == "single_draw":
-                nothing: list[ndarray] = [np.zeros(0, np.int32)] * len(each.users)
-                ids, _ = retrieve.retriever.search(each.draws[:, 0], nothing, each.pool.excluded, log.num_items)
+                vectors, nothing = unit_vectors(each.draws[:, 0], "draw"), [np.zeros(0, np.int32)] * len(each.users)
+                ids, _ = retrieve.retriever.search(vectors, nothing, pool.excluded, TOP)
+                place = counted_ranks(item_vectors, vectors, each.targets, pool.excluded)
             else:
-                ids, _ = retrieve.rank(each.pool, each.errors, rankings[name], log.num_items, tail)
-            ranks[name].append(ranks_in_lists(ids, each.targets))
+                ids, _ = retrieve.rank(pool, each.errors, rankings[name], max(TOP, pool.ids.shape[1]), tail)
+                # What follows the pool is ordered by the preference.
+                place = np.minimum(_within(ids, size, each.targets), behind)
+            ranks[name].append(place)
             top[name].append(padded(ids))
             seconds[name] += shared + time.perf_counter() - began
         started = time.perf_counter()
     return {name: Ranks(np.concatenate(ranks[name]), np.concatenate(top[name]), seconds[name]) for name in names}
+
+
+def _within(
+    ids: Int32[ndarray, "batch k"], size: Int64[ndarray, "batch"], targets: Int32[ndarray, "batch"]
+) -> Float64[ndarray, "batch"]:
+    """Rank of each target among the first `size` of its list; inf where it is not among them."""
+    ranks = ranks_in_lists(ids, targets)
+    return np.where(ranks <= size, ranks, np.inf)
 
 
 def printed(value: float | None) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Float32, Float64, Int, Int32, Int64
 from numpy import ndarray
 from scipy import sparse
 
@@ -21,6 +21,8 @@ Scorer = Callable[[ndarray, list[ndarray]], Float32[ndarray, "batch items"]]
 TOP = 10
 RARE = 5
 CHUNK_ROWS = 4096
+# Scores that are held at once: 256 MiB of float32, however large the catalogue is.
+BLOCK_SCORES, BLOCK_ITEMS = 1 << 26, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ def rank_targets(
     chunk_users: int,
     users: Int64[ndarray, "users"] | None = None,
 ) -> Ranks:
-    """Rank the split's withheld items, of some of its users or of all. Memory: `chunk_users x items` scores.
+    """Rank the split's withheld items, of some of its users or of all. Memory: scores of `chunk_users` users, or of
+    fewer where the catalogue is so large that they were more than `BLOCK_SCORES`.
 
     With `mask_seen` the items of a user's history cannot come back; a target among them has rank inf.
     """
     started = time.perf_counter()
     users = log.split_users(split) if users is None else users
+    chunk_users = max(1, min(chunk_users, BLOCK_SCORES // log.num_items))
     ranks, top = [np.zeros(0)], [np.zeros((0, TOP), np.int32)]
     for start in range(0, len(users), chunk_users):
         chunk = users[start : start + chunk_users]
@@ -66,6 +70,32 @@ def rank_targets(
         ranks.append(target_ranks(scores, log.targets(chunk, split)))
         top.append(padded(top_k(scores, TOP)[0]))
     return Ranks(np.concatenate(ranks), np.concatenate(top), time.perf_counter() - started)
+
+
+def counted_ranks(
+    vectors: Float32[ndarray, "items dim"],
+    queries: Float32[ndarray, "users dim"],
+    targets: Int[ndarray, "users"],
+    excluded: Sequence[Int32[ndarray, "_"]],
+) -> Float64[ndarray, "users"]:
+    """The place of each target among all items by `query . vector`, equal ones in index order; inf where the target is
+    excluded. What is better is counted, and no list is made."""
+    blocks = [np.arange(start, min(start + BLOCK_ITEMS, len(vectors))) for start in range(0, len(vectors), BLOCK_ITEMS)]
+    wanted = np.zeros((len(queries), 1), np.float32)
+    for ids in blocks:
+        mine = (targets >= ids[0]) & (targets <= ids[-1])
+        if mine.any():  # by the same product as the others below: items of one vector must have one score
+            wanted[mine, 0] = (queries @ vectors[ids[0] : ids[-1] + 1].T)[mine, targets[mine] - ids[0]]
+    better = np.zeros(len(queries), np.int64)
+    for ids in blocks:
+        scores = queries @ vectors[ids[0] : ids[-1] + 1].T
+        better += ((scores > wanted) | ((scores == wanted) & (ids < targets[:, None]))).sum(axis=1)
+        for user, out in enumerate(excluded):
+            out = np.unique(out[(out >= ids[0]) & (out <= ids[-1])])
+            own = scores[user, out - ids[0]]
+            better[user] -= int(((own > wanted[user]) | ((own == wanted[user]) & (out < targets[user]))).sum())
+    gone = np.array([target in out for target, out in zip(targets.tolist(), excluded, strict=True)], bool)
+    return np.where(gone, np.inf, better + 1.0)
 
 
 def beyond_accuracy(log: InteractionLog, split: Split, ranks: Ranks) -> dict[str, float | None]:

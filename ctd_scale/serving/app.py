@@ -134,6 +134,8 @@ def _options(config: ServingConfig, num_cpus: float, num_gpus: float = 0.0) -> d
         "autoscaling_config": AutoscalingConfig(
             min_replicas=config.min_replicas,
             max_replicas=config.max_replicas,
+            upscale_delay_s=config.upscale_delay_s,
+            downscale_delay_s=config.downscale_delay_s,
             target_ongoing_requests=min(config.max_batch_size, config.max_ongoing_requests),
         ),
         "max_ongoing_requests": config.max_ongoing_requests,

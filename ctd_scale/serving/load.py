@@ -1,7 +1,9 @@
 """`ctd bench serve`: how many requests the endpoint answers in how much time, while more and more ask at once.
 
-A closed loop: each of n clients sends its next request when it has the answer to the last one. The clients run on the
-same cores as the server, so the figures are those of both together.
+First a closed loop: each of n clients sends its next request when it has the answer to the last one. Then an open one
+at half of the best rate: requests come at random times, whether or not earlier ones are answered, and each is timed
+from when it should have been sent. The clients run on the same cores as the server, so the figures are those of both
+together.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ WATCH_S = 1.0
 
 @dataclass(frozen=True)
 class Level:
-    """What was answered while `clients` asked at once; milliseconds as the clients saw them."""
+    """What was answered while `clients` asked at once (0: at random times); milliseconds as the clients saw them."""
 
     clients: int
     requests: int
@@ -44,12 +46,13 @@ class Level:
 
 @dataclass(frozen=True)
 class Load:
-    """The levels of a ramp, the replicas over time, and the same chain called in one process."""
+    """The levels of a ramp, the open loop at half of the best of them last; the replicas over time; and the same chain
+    called in one process, one request at a time: behind the preference, and all of it."""
 
     levels: list[Level]
     timeline: list[dict[str, float]]
-    in_process_per_second: float
-    in_process_ms: float
+    behind_preference_ms: float
+    whole_chain_ms: float
 
 
 def measure_load(
@@ -61,42 +64,76 @@ def measure_load(
     k: int,
     explain: bool,
     swap_to: Run | None = None,
+    rest_s: float = 0.0,
 ) -> Load:
-    """Serve a run, ask for every user once, then ramp up, at last while `swap_to` takes the run's place; the server is
-    stopped afterwards.
+    """Serve a run, ask for every user once, ramp up, ask at half of the best rate, then while `swap_to` takes the run's
+    place, and watch the replicas for `rest_s` seconds of silence; the server is stopped afterwards.
 
     With more time than users their preferences are known, and the LLM rests: what is measured is the way behind it.
+    `serving.cached_preferences = 0` lets the LLM read every history.
     """
     from ctd_scale.serving.app import serve_run, stop_serving, swap
 
     recommender = Recommender(run)
     known = [int(user) for user in np.flatnonzero(np.diff(recommender.log.offsets))[:users]]
-    seconds_in_process = in_process(recommender, known, k)
+    behind, whole = in_process(recommender, known, k)
     bodies = [{"user_id": recommender.log.user_ids[user], "k": k, "explain": explain} for user in known]
+    del recommender
     url = serve_run(lambda: (run, config), host="127.0.0.1", port=0, blocking=False)
     try:
         levels, timeline = asyncio.run(ramp(url, bodies, clients, seconds, running_replicas))
+        levels.append(asyncio.run(paced(url, bodies, max(level.per_second for level in levels) / 2, seconds)))
         if swap_to is not None:
             with ThreadPoolExecutor(1) as thread:
                 swapped = thread.submit(swap, swap_to, swap_to.read_config(), url)
-                more, _ = asyncio.run(ramp(url, bodies, clients[-1:], seconds, running_replicas, swapped.done))
+                more, further = asyncio.run(ramp(url, bodies, clients[-1:], seconds, running_replicas, swapped.done))
                 swapped.result()
             levels += more
+            timeline += _later(timeline, further)
+        if rest_s:
+            timeline += _later(timeline, asyncio.run(_watched(rest_s, running_replicas)))
     finally:
         stop_serving()
-    return Load(levels, timeline, 1 / seconds_in_process, 1e3 * seconds_in_process)
+    return Load(levels, timeline, 1e3 * behind, 1e3 * whole)
 
 
-def in_process(recommender: Recommender, users: Sequence[int], k: int) -> float:
-    """Seconds per request of the chain behind the preference, one request at a time."""
-    histories = [recommender.log.full_history(user) for user in users]
-    preferences = recommender.preference(histories)
-    times = []
-    for history, preference in zip(histories, preferences, strict=True):
+def in_process(recommender: Recommender, users: Sequence[int], k: int) -> tuple[float, float]:
+    """Seconds per request of the chain behind the preference, and of all of it, one request at a time."""
+    behind, whole = [], []
+    for user in users:
+        history = recommender.log.full_history(user)
         started = time.perf_counter()
-        recommender.rank(preference[None], [history], [""], [np.unique(history)], k)
-        times.append(time.perf_counter() - started)
-    return float(np.median(times))
+        preference = recommender.preference([history])
+        read = time.perf_counter()
+        recommender.rank(preference, [history], [""], [np.unique(history)], k)
+        ended = time.perf_counter()
+        behind.append(ended - read)
+        whole.append(ended - started)
+    return float(np.median(behind)), float(np.median(whole))
+
+
+async def paced(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float) -> Level:
+    """Requests at random times, `rate` a second (a Poisson process, always the same one)."""
+    import httpx
+
+    count = max(1, int(rate * seconds))
+    times = np.cumsum(np.random.default_rng(0).exponential(1 / rate, count))
+    seen = _Seen()
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+        started = time.perf_counter()
+
+        async def one(at: float, body: dict[str, Any]) -> None:
+            await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
+            await seen.ask(client, body, started + at)
+
+        await asyncio.gather(*map(one, times.tolist(), itertools.islice(itertools.cycle(bodies), count)))
+        level = seen.level(0, time.perf_counter() - started)
+    console.print(
+        f"  {rate:.1f} requests/s at random times: p50 {level.p50_ms:.1f} ms, p99 {level.p99_ms:.1f} ms, "
+        f"{level.statuses}",
+        highlight=False,
+    )
+    return level
 
 
 async def ramp(
@@ -134,24 +171,36 @@ async def ramp(
 async def _level(
     client: Any, bodies: Iterator[dict[str, Any]], clients: int, seconds: float, may_end: Callable[[], bool]
 ) -> Level:
-    times: list[float] = []
-    statuses: Counter[str] = Counter()
-    versions: Counter[str] = Counter()
+    seen = _Seen()
     started = time.perf_counter()
 
     async def one() -> None:
         while time.perf_counter() - started < seconds or not may_end():
-            sent = time.perf_counter()
-            response = await client.post("/v1/recommend", json=next(bodies))
-            times.append(1e3 * (time.perf_counter() - sent))
-            statuses[str(response.status_code)] += 1
-            if response.status_code == 200:
-                versions[response.json()["version"]] += 1
+            await seen.ask(client, next(bodies), time.perf_counter())
 
     await asyncio.gather(*(one() for _ in range(clients)))
-    elapsed = time.perf_counter() - started
-    p50, p95, p99 = (float(value) for value in np.percentile(times, [50, 95, 99]))
-    return Level(clients, len(times), len(times) / elapsed, p50, p95, p99, dict(statuses), dict(versions))
+    return seen.level(clients, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What clients have seen so far."""
+
+    times: list[float] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+    versions: Counter[str] = field(default_factory=Counter)
+
+    async def ask(self, client: Any, body: dict[str, Any], since: float) -> None:
+        response = await client.post("/v1/recommend", json=body)
+        self.times.append(1e3 * (time.perf_counter() - since))
+        self.statuses[str(response.status_code)] += 1
+        if response.status_code == 200:
+            self.versions[response.json()["version"]] += 1
+
+    def level(self, clients: int, elapsed: float) -> Level:
+        p50, p95, p99 = (float(value) for value in np.percentile(self.times, [50, 95, 99]))
+        count = len(self.times)
+        return Level(clients, count, count / elapsed, p50, p95, p99, dict(self.statuses), dict(self.versions))
 
 
 async def _watch(timeline: list[dict[str, float]], replicas: Callable[[], dict[str, int]]) -> None:
@@ -161,6 +210,21 @@ async def _watch(timeline: list[dict[str, float]], replicas: Callable[[], dict[s
         now = await asyncio.to_thread(replicas)
         timeline.append({"second": round(time.perf_counter() - started, 1), **now})
         await asyncio.sleep(WATCH_S)
+
+
+async def _watched(seconds: float, replicas: Callable[[], dict[str, int]]) -> list[dict[str, float]]:
+    """The replicas during so many seconds."""
+    timeline: list[dict[str, float]] = []
+    watching = asyncio.create_task(_watch(timeline, replicas))
+    await asyncio.sleep(seconds)
+    watching.cancel()
+    return timeline
+
+
+def _later(timeline: list[dict[str, float]], further: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What was seen afterwards, on the clock of the first."""
+    begun = timeline[-1]["second"] if timeline else 0.0
+    return [{**each, "second": round(begun + each["second"], 1)} for each in further]
 
 
 def running_replicas() -> dict[str, int]:
@@ -182,11 +246,11 @@ def show_load(load: Load) -> None:
         times = [f"{value:.1f}" for value in (level.per_second, level.p50_ms, level.p95_ms, level.p99_ms)]
         answers = ", ".join(f"{count} x {status}" for status, count in level.statuses.items())
         replicas = " ".join(f"{name}:{count}" for name, count in level.replicas.items())
-        table.add_row(str(level.clients), *times, answers, replicas)
+        table.add_row(str(level.clients or "paced"), *times, answers, replicas)
     console.print(table)
     console.print(
-        f"in one process, behind the preference: {load.in_process_per_second:.1f} requests/s, "
-        f"{load.in_process_ms:.1f} ms each",
+        f"in one process: {load.behind_preference_ms:.1f} ms behind the preference, "
+        f"{load.whole_chain_ms:.1f} ms in all",
         highlight=False,
     )
 

@@ -12,7 +12,6 @@ import pytest
 from tiny_run import CATEGORIES, ITEMS, make_tiny_run
 
 from ctd_scale.artifacts import ArtifactError, Run
-from ctd_scale.batches import Catalogue
 from ctd_scale.changes import CURRENT, delete, in_force, read_changes, read_items, roll_back, upsert, versions
 from ctd_scale.cli import main
 from ctd_scale.interactions.schema import BadInputError
@@ -83,14 +82,14 @@ def test_a_new_item_in_a_history_is_read_as_the_nearest_trained_one(run: Run) ->
 def test_what_is_taken_out_never_comes_back_and_may_be_put_in_again(run: Run) -> None:
     whole = Recommender(run)
     first = ids_of(whole, k=3)
-    delete(run, first, whole.catalogue)
+    delete(run, first)
     fewer = Recommender(run)
     assert ids_of(fewer) == ids_of(whole)[3:]
     assert not set(fewer.rank.retrieve.find(whole.catalogue.titles[whole.catalogue.item_ids.index(first[0])], 50)) & {
         whole.catalogue.item_ids.index(item) for item in first
     }
     with pytest.raises(BadInputError, match=f"1 items are not in the catalogue, so none was taken out: '{first[0]}'"):
-        delete(run, ["i5", first[0]], whole.catalogue)
+        delete(run, ["i5", first[0]])
     assert in_force(run) == (1, 1)
     upsert(run, items((first[0], "Quite Another", "drama")))
     again = Recommender(run)
@@ -102,7 +101,7 @@ def test_what_is_taken_out_never_comes_back_and_may_be_put_in_again(run: Run) ->
 def test_an_item_put_in_and_taken_out_leaves_nothing(run: Run) -> None:
     before = Recommender(run)
     upsert(run, items(("new", "Golden River", CATEGORIES[0])))
-    delete(run, ["new"], before.catalogue)
+    delete(run, ["new"])
     assert ids_of(Recommender(run)) == ids_of(before)
 
 
@@ -110,7 +109,7 @@ def test_rolled_back_is_as_before_and_versions_stay(run: Run) -> None:
     wanted = {0: Recommender(run)}
     upsert(run, items(("a", "Red Empire", "drama")))
     wanted[1] = Recommender(run)
-    delete(run, ["i1"], wanted[0].catalogue)
+    delete(run, ["i1"])
     wanted[2] = Recommender(run)
     assert len({each.version for each in wanted.values()}) == 3
     for version in (1, 0):
@@ -136,7 +135,7 @@ def test_built_anew_it_answers_as_before_and_can_be_changed_further(run: Run, ex
     config = run.read_config([f"retrieval.exact_limit={exact_limit}"])
     old = Recommender(run)
     upsert(run, items(("a", "Red Empire", "drama"), ("i3", "Renamed Night", "western"), ("b", "Blue Garden", "crime")))
-    delete(run, ["i1", "b"], old.catalogue)
+    delete(run, ["i1", "b"])
     before = Recommender(run)
     assert rebuild_index(run, load_artifacts(run), config).built == 3
     after = Recommender(run)
@@ -146,7 +145,7 @@ def test_built_anew_it_answers_as_before_and_can_be_changed_further(run: Run, ex
     assert after.catalogue.titles[3] == "Renamed Night"
     assert after.rank.retrieve.find("renamed", 5).tolist() == [3]
     upsert(run, items(("c", "Silver Machine", "drama")))
-    delete(run, ["a"], old.catalogue)
+    delete(run, ["a"])
     further = Recommender(run)
     assert sorted(ids_of(further)) == sorted([*set(ids_of(before)) - {"a"}, "c"])
     roll_back(run, 2)
@@ -163,14 +162,14 @@ def test_numbers_of_items_change_with_them(run: Run, tmp_path: Path) -> None:
     price = dict(zip(after.item_ids, after.attributes["price"], strict=True))
     assert (price["a"], price["i3"]) == (7.5, 2)
     assert np.isnan([price["b"], price["c"]]).all()
-    delete(run, ["a"], Catalogue.load(run.fetch("interactions").path))
+    delete(run, ["a"])
     directory = Directory(Recommender(run).log)
     assert directory.item("i3") not in directory.excluded(ranges={"price": Range(min=1, max=2.5)})
 
 
 def test_changes_hold_over_models_that_are_trained_anew(run: Run, tmp_path: Path) -> None:
     upsert(run, items(("a", "Red Empire", "drama")))
-    delete(run, ["i1"], Recommender(run).catalogue)
+    delete(run, ["i1"])
     rebuild_index(run, load_artifacts(run), run.read_config())
     other = make_run(tmp_path, seed=1)
     assert other.root == run.root

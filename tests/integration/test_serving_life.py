@@ -26,7 +26,6 @@ from serving_process import CTD, RECOMMEND, START_S, Server, started
 from tiny_run import make_tiny_run
 
 from ctd_scale.artifacts import Run
-from ctd_scale.batches import Catalogue
 from ctd_scale.changes import CURRENT, delete, roll_back, upsert
 from ctd_scale.live import rebuild_index
 from ctd_scale.recommender import Recommender, load_artifacts
@@ -179,7 +178,7 @@ def test_changes_of_the_catalogue_are_served_within_a_second_and_no_request_fail
         assert [item["item_id"] for item in server.client.get("/v1/items?query=brand").json()["items"]] == ["new"]
         assert server.post(history=["i3", "new"]).status_code == 200
         assert server.client.get("/v1/items/new/similar").status_code == 200
-        delete(run, [before["ids"][0]], Catalogue.load(run.fetch("interactions").path))
+        delete(run, [before["ids"][0]])
         assert seconds_until(lambda answer: before["ids"][0] not in answer["ids"]) < 1
         after = Recommender(run)
         (wanted,) = after.recommend([after.log.full_history(1)], 50, exclude_seen=False)

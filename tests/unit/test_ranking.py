@@ -10,7 +10,7 @@ import pytest
 
 from ctd_scale import ranking
 from ctd_scale.batches import Catalogue, InteractionLog, Split
-from ctd_scale.ranking import beyond_accuracy, load_ranks, rank_targets, save_ranks
+from ctd_scale.ranking import beyond_accuracy, counted_ranks, load_ranks, rank_targets, save_ranks
 
 USERS, ITEMS = 23, 8
 
@@ -100,3 +100,37 @@ def test_saved_ranks_come_back(tmp_path: Path) -> None:
     found = load_ranks(tmp_path / "ranks.parquet")
     np.testing.assert_array_equal(found.pop("user_index"), users)
     assert {name: values.tolist() for name, values in found.items()} == ranks
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_counted_ranks_are_those_of_the_sorted_list(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(ranking, "BLOCK_ITEMS", block)
+    vectors = rng.integers(-2, 3, (60, 4)).astype(np.float32)  # many are alike, and whole numbers are exact
+    queries, targets = rng.integers(-2, 3, (25, 4)).astype(np.float32), rng.integers(0, 60, 25)
+    excluded = [rng.integers(0, 60, rng.integers(0, 30)).astype(np.int32) for _ in range(25)]
+    found = counted_ranks(vectors, queries, targets, excluded)
+    for query, target, out, place in zip(queries, targets, excluded, found, strict=True):
+        left = np.setdiff1d(np.arange(60), out)
+        order = left[np.argsort(-(vectors[left] @ query), kind="stable")]
+        assert place == (np.inf if target in out else 1 + order.tolist().index(target))
+    assert np.isinf(found).any()
+    assert not np.isinf(found).all()
+
+
+def test_a_large_catalogue_is_ranked_a_few_users_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ranks, from fewer scores at once."""
+    log = random_log()
+    scores = np.random.default_rng(1).standard_normal((log.num_users, log.num_items)).astype(np.float32)
+    chunks: list[int] = []
+
+    def scorer(users: np.ndarray, histories: list[np.ndarray]) -> np.ndarray:
+        chunks.append(len(users))
+        return scores[users]
+
+    whole = rank_targets(log, scorer, "test", mask_seen=True, chunk_users=1000)
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", 3 * log.num_items)
+    parts = rank_targets(log, scorer, "test", mask_seen=True, chunk_users=1000)
+    assert max(chunks[1:]) == 3 < chunks[0]
+    assert np.array_equal(whole.ranks, parts.ranks)
+    assert np.array_equal(whole.top, parts.top)
