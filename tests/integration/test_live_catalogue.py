@@ -133,7 +133,6 @@ def test_built_anew_it_answers_as_before_and_can_be_changed_further(run: Run, ex
     if exact_limit < ITEMS:
         pytest.importorskip("scann")
     config = run.read_config([f"retrieval.exact_limit={exact_limit}"])
-    old = Recommender(run)
     upsert(run, items(("a", "Red Empire", "drama"), ("i3", "Renamed Night", "western"), ("b", "Blue Garden", "crime")))
     delete(run, ["i1", "b"])
     before = Recommender(run)
