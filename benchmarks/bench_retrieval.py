@@ -199,7 +199,7 @@ def engines(items: int) -> dict[str, Callable[[np.ndarray], Built]]:
         made[f"ScaNN ({leaves} leaves)"] = scann(leaves)
         made[f"faiss IVF-Flat ({leaves} leaves)"] = faiss_index(f"IVF{leaves},Flat", "nprobe", [{}])
         made[f"faiss IVF-PQ fast scan, refined ({leaves} leaves)"] = faiss_index(
-            f"IVF{leaves},PQ{DIM // 2}x4fs,RFlat", "nprobe", [{"k_factor_rf": factor} for factor in (2, 4, 8, 16)]
+            f"IVF{leaves},PQ{DIM // 2}x4fs,RFlat", "nprobe", [{"k_factor_rf": factor} for factor in (4, 16, 64, 256)]
         )
     if items <= 1_000_000:
         made |= {"faiss HNSW16": faiss_index("HNSW16", "efSearch", [{}]), "usearch HNSW16": usearch_index}

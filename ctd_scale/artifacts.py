@@ -313,6 +313,8 @@ def _fsync(path: Path) -> None:
 
 
 def _rerun(name: str) -> str:
+    if name.startswith("changes/"):
+        return "go back to an earlier version with `ctd index rollback --to N`"
     return f"run `{COMMANDS[name]}`" if name in COMMANDS else f"rerun {MAKERS.get(name, name)} (`ctd run` does it)"
 
 
