@@ -27,7 +27,7 @@ from ctd_scale.artifacts import Run
 from ctd_scale.changes import delete, upsert
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.pipeline import run_pipeline
-from ctd_scale.serving.app import serve_run, stop_serving
+from ctd_scale.serving.app import serve_run, shut_down
 from ctd_scale.serving.load import Load, measure_load
 
 SIZES = {"small": (20_000, 200, 2), "full": (1_000_000, 2_000, 8)}  # items, users, layers of the LLM
@@ -159,7 +159,7 @@ def change_cases(run: Run, config: RunConfig) -> list[Case]:
         failed = sum(status != 200 for status in statuses)
         found.append(Case("changes", f"failed of {len(statuses)} requests meanwhile", "requests", failed))
     finally:
-        stop_serving()
+        shut_down()
     return found
 
 

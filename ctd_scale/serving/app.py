@@ -128,6 +128,11 @@ def stop_serving() -> None:
     serve.delete(APPLICATION)
 
 
+def shut_down() -> None:
+    """Take Serve down with all that it runs, so that this process may serve again on another port."""
+    serve.shutdown()
+
+
 def _options(config: ServingConfig, num_cpus: float, num_gpus: float = 0.0) -> dict[str, Any]:
     """Everything that Serve would otherwise leave small (requests in progress) or unbounded (the queue)."""
     return {

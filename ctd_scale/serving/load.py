@@ -72,7 +72,7 @@ def measure_load(
     With more time than users their preferences are known, and the LLM rests: what is measured is the way behind it.
     `serving.cached_preferences = 0` lets the LLM read every history.
     """
-    from ctd_scale.serving.app import serve_run, stop_serving, swap
+    from ctd_scale.serving.app import serve_run, shut_down, swap
 
     recommender = Recommender(run)
     known = [int(user) for user in np.flatnonzero(np.diff(recommender.log.offsets))[:users]]
@@ -93,7 +93,7 @@ def measure_load(
         if rest_s:
             timeline += _later(timeline, asyncio.run(_watched(rest_s, running_replicas)))
     finally:
-        stop_serving()
+        shut_down()
     return Load(levels, timeline, 1e3 * behind, 1e3 * whole)
 
 
