@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -354,10 +355,10 @@ class RunConfig(Section):
 
 
 def section_hash(config: RunConfig, sections: Sequence[str]) -> str:
-    """Hash of the named sections (such as `llm` or `baselines.sasrec`) and the seed, hex, 64 characters: what decides
-    whether a stage must rerun."""
-    chosen = {name: reduce(getattr, name.split("."), config) for name in sections}
-    payload = {"seed": config.seed, **{name: section.model_dump(mode="json") for name, section in chosen.items()}}
+    """Hash of the named sections or values (such as `llm`, `baselines.sasrec` or `evaluation.mask_seen`) and the seed,
+    hex, 64 characters: what decides whether a stage must rerun."""
+    values = config.model_dump(mode="json")
+    payload = {"seed": config.seed, **{name: reduce(getitem, name.split("."), values) for name in sections}}
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 

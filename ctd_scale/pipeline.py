@@ -125,7 +125,7 @@ STAGES = (
 def _baseline(name: str) -> Stage:
     """What trains a baseline, as a stage of its own."""
     make: Callable[[Run, RunConfig, str], object] = partial(train_baseline, name)
-    sections: tuple[str, ...] = (f"baselines.{name}", "evaluation")
+    sections: tuple[str, ...] = (f"baselines.{name}", "evaluation.mask_seen")
     inputs: tuple[str, ...] = ("interactions",)
     if name in DISCRETE:  # layers, history and precision are the LLM's
         sections = (*sections, "llm")

@@ -266,8 +266,9 @@ class App(Step):
         return {"version": release.version, "items": items}
 
     async def metrics(self) -> str:
-        self._send_records()
-        text: str = await _result(self._coordinator.metrics.remote())
+        """Everything counted so far, by this replica too: its last records go with the question, not before it."""
+        records, self._records = self._records, []
+        text: str = await _result(self._coordinator.metrics.remote(records))
         return text
 
     def observe(self, record: Record | Probe) -> None:

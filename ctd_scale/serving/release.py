@@ -167,8 +167,9 @@ class Coordinator:
         """Count these requests, and what was probed."""
         self._telemetry.observe(records)
 
-    async def metrics(self) -> str:
-        """Everything counted, in Prometheus' text format."""
+    async def metrics(self, records: Sequence[Record | Probe] = ()) -> str:
+        """Everything counted, these included, in Prometheus' text format."""
+        self._telemetry.observe(records)
         return self._telemetry.text(self._sources[-1].version)
 
     def _keep(self, source: Source) -> None:

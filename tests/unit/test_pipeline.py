@@ -65,3 +65,13 @@ def test_another_backbone_trains_and_ranks_the_llm_rivals_again(name: str, run: 
     few, many = load_config("debug"), load_config("debug", ["llm.num_hidden_layers=2"])
     for stage in (stage_named(name), rank_stage(name)):
         assert stage_hash(stage, run, few) != stage_hash(stage, run, many)
+
+
+def test_a_baseline_is_trained_again_only_for_what_it_reads(run: Run) -> None:
+    with run.publish("interactions", config_hash="", inputs={}) as folder:
+        (folder / "file.txt").write_text("content")
+    keys = [
+        stage_hash(stage_named("sasrec"), run, load_config("debug", overrides))
+        for overrides in ([], ["evaluation.graph_weights=[0.0, 3.0]"], ["evaluation.mask_seen=false"])
+    ]
+    assert keys[0] == keys[1] != keys[2]
