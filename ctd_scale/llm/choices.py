@@ -20,13 +20,6 @@ class Begun(NamedTuple):
     said: int
 
 
-class Among(NamedTuple):
-    """As `Begun`, of some items' answers only: ascending rows of the sorted table."""
-
-    rows: Int64[ndarray, "rows"]
-    said: int
-
-
 class AnswerChoices:
     """All answers in lexicographic order, so that those with a common beginning lie together (a trie without nodes).
 
@@ -40,32 +33,32 @@ class AnswerChoices:
         words[items, np.arange(len(answers)) - np.repeat(offsets[:-1], lengths)] = answers
         order = np.lexsort(words.T[::-1])
         self._columns: Int32[ndarray, "words items"] = np.ascontiguousarray(words[order].T)
-        self._rows = np.argsort(order)
         self._known: dict[Begun, tuple[Int32[ndarray, "choices"], Int64[ndarray, "bounds"]]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        answers: Int32[ndarray, "answer_ids"],
+        offsets: Int64[ndarray, "offsets"],
+        items: Int64[ndarray, "shortlist"],
+    ) -> AnswerChoices:
+        """The answers of these items alone, of a table of many."""
+        parts = [answers[offsets[item] : offsets[item + 1]] for item in items.tolist()]
+        return cls(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
 
     def start(self) -> Begun:
         return Begun(0, self._columns.shape[1], 0)
 
-    def among(self, items: Int64[ndarray, "shortlist"]) -> Among:
-        """The answers of these items alone."""
-        return Among(np.sort(self._rows[items]), 0)
-
-    def words(self, begun: Begun | Among) -> Int32[ndarray, "choices"]:
+    def words(self, begun: Begun) -> Int32[ndarray, "choices"]:
         """The words that some answer goes on with, ascending."""
         return self._branches(begun)[0]
 
-    def after(self, begun: Begun | Among, choice: int) -> Begun | Among:
+    def after(self, begun: Begun, choice: int) -> Begun:
         """What is left once the `choice`-th of `words` was said."""
         low, high = self._branches(begun)[1][choice : choice + 2].tolist()
-        if isinstance(begun, Among):
-            return Among(begun.rows[low:high], begun.said + 1)
         return Begun(low, high, begun.said + 1)
 
-    def _branches(self, begun: Begun | Among) -> tuple[Int32[ndarray, "choices"], Int64[ndarray, "bounds"]]:
-        if isinstance(begun, Among):
-            column = self._columns[begun.said, begun.rows]
-            starts = np.flatnonzero(np.diff(column, prepend=-2))
-            return column[starts], np.append(starts, len(column))
+    def _branches(self, begun: Begun) -> tuple[Int32[ndarray, "choices"], Int64[ndarray, "bounds"]]:
         if begun not in self._known:
             column = self._columns[begun.said, begun.low : begun.high]
             starts = np.flatnonzero(np.diff(column, prepend=-2))

@@ -16,9 +16,9 @@ from transformers import DynamicCache
 from ctd_scale.batches import Catalogue, NodeArrays
 from ctd_scale.config import LLMConfig
 from ctd_scale.llm.backbone import load_text_tokenizer
-from ctd_scale.llm.choices import Among, AnswerChoices, Begun
+from ctd_scale.llm.choices import AnswerChoices
 from ctd_scale.llm.collator import Collator, Row, latest_items
-from ctd_scale.llm.prompts import make_category_answers, make_prompts
+from ctd_scale.llm.prompts import load_prompts, make_category_answers
 from ctd_scale.llm.train import DTYPES
 from ctd_scale.llm.weights import BACKBONE, load_model
 
@@ -38,7 +38,7 @@ class PreferenceModel:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(folder, DTYPES[config.dtype]).to(self.device)
         self.text_tokenizer = load_text_tokenizer(folder / BACKBONE)
-        prompts = make_prompts(self.text_tokenizer, catalogue, config.max_title_tokens)
+        prompts = load_prompts(folder, self.text_tokenizer, catalogue, config.max_title_tokens)
         self.collator = Collator(prompts, tokens.items, tokens.users if config.use_user_tokens else None)
 
     @property
@@ -132,26 +132,28 @@ class PreferenceModel:
         if self.config.text_choices == "free":
             return _any_choice
         if self.config.text_choices in ("catalogue", "category"):
-            return self._known_choice(dict.fromkeys(range(len(states)), self._choices.start()))
+            return self._known_choice(dict.fromkeys(range(len(states)), self._choices))
         recent = torch.from_numpy(np.stack([latest_items(items)[-1] for items in seen])).to(states.device)
         preferences = self.model.head(states[:, -len(self.collator.prompts.tail) - 1], recent).float()
         scores = F.normalize(preferences, dim=1) @ self._directions.T
         for row, items in enumerate(seen):
             scores[row, torch.from_numpy(np.unique(items)).long()] = -torch.inf
         best = scores.topk(min(self.config.text_shortlist, scores.shape[1]), dim=1).indices.cpu().numpy()
-        return self._known_choice({row: self._choices.among(items) for row, items in enumerate(best)})
+        table = self.collator.prompts.answers, self.collator.prompts.answer_offsets
+        return self._known_choice({row: AnswerChoices.of(*table, items) for row, items in enumerate(best)})
 
-    def _known_choice(self, begun: dict[int, Begun | Among]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _known_choice(self, choices: dict[int, AnswerChoices]) -> Callable[[torch.Tensor], torch.Tensor]:
         """A choice among the words with which some allowed answer goes on; called once a word."""
-        choices, eos_id = self._choices, self.collator.prompts.eos_id
+        eos_id = self.collator.prompts.eos_id
+        begun = {row: each.start() for row, each in choices.items()}
 
         def choose(logits: torch.Tensor) -> torch.Tensor:
             word = torch.full((len(logits),), eos_id, dtype=torch.long, device=logits.device)
             for row, here in list(begun.items()):
-                allowed = torch.from_numpy(choices.words(here)).to(logits.device).long()
+                allowed = torch.from_numpy(choices[row].words(here)).to(logits.device).long()
                 best = int(logits[row, allowed].argmax())
                 word[row] = allowed[best]
-                begun[row] = choices.after(here, best)
+                begun[row] = choices[row].after(here, best)
                 if allowed[best] == eos_id:
                     del begun[row]
             return word

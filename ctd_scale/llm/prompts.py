@@ -8,8 +8,11 @@ it never becomes a special token.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,8 @@ from ctd_scale.config import ConfigError
 INSTRUCTION = "Here is what a user chose, oldest first. Say what the user wants next.\n"
 SYSTEM = "You recommend."
 MAX_CATEGORY_TOKENS = 64
+ARRAYS = ("head", "tail", "titles", "title_offsets", "answers", "answer_offsets")
+FACTS = "prompts.json"
 _MARK = "\u241e"  # stands for the history while the chat template is rendered
 
 
@@ -40,6 +45,13 @@ class Prompts:
     answer_offsets: Int64[ndarray, "offsets"]
     pad_id: int
     eos_id: int
+
+    def save(self, folder: Path, max_title_tokens: int) -> None:
+        """Write them beside the model: reading a million titles takes minutes, and every replica needs them."""
+        for name in ARRAYS:
+            np.save(folder / f"{name}.npy", getattr(self, name))
+        facts = {"pad_id": self.pad_id, "eos_id": self.eos_id, "max_title_tokens": max_title_tokens}
+        (folder / FACTS).write_text(json.dumps(facts) + "\n")
 
     def title(self, item: int) -> Int32[ndarray, "ids"]:
         return self.titles[self.title_offsets[item] : self.title_offsets[item + 1]]
@@ -61,6 +73,15 @@ def make_prompts(text_tokenizer: Any, catalogue: Catalogue, max_title_tokens: in
     )
     pad_id = text_tokenizer.pad_token_id if text_tokenizer.pad_token_id is not None else eos_id
     return Prompts(head, tail, titles, title_offsets, answers, answer_offsets, int(pad_id), eos_id)
+
+
+def load_prompts(folder: Path, text_tokenizer: Any, catalogue: Catalogue, max_title_tokens: int) -> Prompts:
+    """What `Prompts.save` wrote, memory-mapped; made anew where it did not, or for titles of another length."""
+    facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
+    if facts.get("max_title_tokens") != max_title_tokens:
+        return make_prompts(text_tokenizer, catalogue, max_title_tokens)
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    return Prompts(**arrays, pad_id=facts["pad_id"], eos_id=facts["eos_id"])
 
 
 def answer_text(title: str, category: str) -> str:
@@ -102,14 +123,35 @@ def _tokenize(
 ) -> tuple[Int32[ndarray, "ids"], Int64[ndarray, "offsets"]]:
     """Ids of all texts, one after the other, and where each begins. Special tokens in a text are split into plain
     ones; any that is left is dropped."""
-    special = set(text_tokenizer.all_special_ids)
-    parts: list[list[int]] = []
+    special = np.array(sorted(text_tokenizer.all_special_ids), np.int32)
+    ids, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
     for start in range(0, len(texts), 10_000):
-        chunk = list(texts[start : start + 10_000])
-        encoded = text_tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        parts.extend([token for token in ids if token not in special][:limit] for ids in encoded)
+        encoded = _encode(text_tokenizer, list(texts[start : start + 10_000]))
+        found = np.fromiter(chain.from_iterable(encoded), np.int32)
+        row = np.repeat(np.arange(len(encoded)), [len(each) for each in encoded])
+        plain = ~np.isin(found, special)
+        found, row = found[plain], row[plain]
+        kept = np.arange(len(row)) - np.searchsorted(row, row) < limit
+        ids.append(found[kept])
+        lengths.append(np.bincount(row[kept], minlength=len(encoded)))
+    flat, sizes = np.concatenate(ids), np.concatenate(lengths)
     if end is not None:
-        parts = [[*ids, end] for ids in parts]
-    offsets = np.zeros(len(parts) + 1, np.int64)
-    np.cumsum([len(ids) for ids in parts], out=offsets[1:])
-    return np.array([token for ids in parts for token in ids], np.int32), offsets
+        flat, sizes = np.insert(flat, np.cumsum(sizes), end), sizes + 1
+    return flat.astype(np.int32), np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _encode(text_tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of every text. The tokenizer's own fast path: what transformers makes of its answer takes several times as
+    long as the answer."""
+    backend = getattr(text_tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        encoded: list[list[int]] = text_tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+        return encoded
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True  # a special token in a text is plain words
+    try:
+        return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before

@@ -265,6 +265,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             target = folder / training.EXPORT
             export_model(target, new_model(config, backbone, item_embeddings, seed), state, DTYPES[config.dtype])
             text_tokenizer.save_pretrained(target / BACKBONE)
+            prompts.save(target, config.max_title_tokens)
             (target / FACTS).write_text(json.dumps(plan.facts(parts)))
 
     training.report_checkpoint({"step": step}, write_final, every_rank=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from ctd_scale.batches import Catalogue
 from ctd_scale.llm.collator import RECENT, Collator, Row
-from ctd_scale.llm.prompts import INSTRUCTION, SYSTEM, answer_text, make_prompts
+from ctd_scale.llm.prompts import INSTRUCTION, SYSTEM, answer_text, load_prompts, make_prompts
 from ctd_scale.llm.train import drop_tokens, kept_tokens
 
 WAYS, DIM = 2, 3
@@ -189,6 +190,8 @@ def test_text_in_a_title_never_becomes_a_special_token(text_tokenizer: Any, evil
 
 def test_a_text_tokenizer_that_cannot_split_special_tokens_loses_them(text_tokenizer: Any) -> None:
     class Deaf:
+        backend_tokenizer = None
+
         def __call__(self, texts: list[str], add_special_tokens: bool, split_special_tokens: bool = False) -> Any:
             return text_tokenizer(texts, add_special_tokens=add_special_tokens)
 
@@ -234,3 +237,35 @@ def test_a_row_loses_the_same_tokens_whoever_reads_it(collator: Collator) -> Non
         part = slice(start, start + 4)
         parts.append(drop_tokens(collator(many[part]), np.concatenate(kept[part]), WAYS).token_values)
     assert torch.equal(torch.cat(parts), whole)
+
+
+def test_prompts_read_back_are_those_that_were_made(text_tokenizer: Any, tmp_path: Path) -> None:
+    made = make_prompts(text_tokenizer, CATALOGUE, 3)
+    made.save(tmp_path, 3)
+    nobody = Catalogue([], [], [])
+    read = load_prompts(tmp_path, text_tokenizer, nobody, 3)
+    for name in ("head", "tail", "titles", "title_offsets", "answers", "answer_offsets"):
+        assert np.array_equal(getattr(made, name), getattr(read, name)), name
+        assert getattr(made, name).dtype == getattr(read, name).dtype
+    assert (read.pad_id, read.eos_id) == (made.pad_id, made.eos_id)
+    longer = load_prompts(tmp_path, text_tokenizer, CATALOGUE, 5)
+    assert np.array_equal(longer.titles, make_prompts(text_tokenizer, CATALOGUE, 5).titles)
+
+
+def test_titles_are_tokenised_as_transformers_does(text_tokenizer: Any) -> None:
+    """Whatever they hold, one by one, without special tokens, cut, and answers ended."""
+    titles = [
+        "",
+        "<|endoftext|>",
+        "a b c d e f g h i j k l",
+        "Amélie \u200b x",
+        *(f"t{i} of {i % 7}" for i in range(50)),
+    ]
+    catalogue = Catalogue(list(map(str, range(len(titles)))), titles, [""] * len(titles))
+    made = make_prompts(text_tokenizer, catalogue, 4)
+    special = set(text_tokenizer.all_special_ids)
+    for item, title in enumerate(titles):
+        ids = text_tokenizer(f" {title}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert made.title(item).tolist() == [token for token in ids if token not in special][:4]
+        assert made.answer(item)[-1] == text_tokenizer.eos_token_id
+        assert text_tokenizer.eos_token_id not in made.answer(item)[:-1]

@@ -163,11 +163,12 @@ def test_choices_are_those_of_a_set_of_answers(answers: list[list[int]]) -> None
 
 def test_choices_among_some_items_are_those_of_their_answers() -> None:
     answers = [[1, 2, 9], [1, 9], [3, 9], [1, 2, 3, 9], [1, 9]]
-    choices = AnswerChoices(
+    choices = AnswerChoices.of(
         np.array([word for answer in answers for word in answer], np.int32),
         np.cumsum([0, *map(len, answers)], dtype=np.int64),
+        np.array([3, 1]),
     )
-    begun = choices.among(np.array([3, 1]))
+    begun = choices.start()
     assert choices.words(begun).tolist() == [1]
     begun = choices.after(begun, 0)
     assert choices.words(begun).tolist() == [2, 9]
