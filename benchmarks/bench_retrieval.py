@@ -192,10 +192,11 @@ def brute_force(vectors: np.ndarray) -> Built:
 
 
 def engines(items: int) -> dict[str, Callable[[np.ndarray], Built]]:
-    """Every engine by name, once for each way to build it. Graphs over ten million items take an hour to build."""
+    """Every engine by name, once for each way to build it. Over ten million items a graph takes an hour to build, and
+    everything is built once."""
     made: dict[str, Callable[[np.ndarray], Built]] = {}
     root = round(np.sqrt(items))
-    for leaves in (root, 4 * root) if items >= 1_000_000 else (root,):
+    for leaves in (root, 4 * root) if items == 1_000_000 else (root,):
         made[f"ScaNN ({leaves} leaves)"] = scann(leaves)
         made[f"faiss IVF-Flat ({leaves} leaves)"] = faiss_index(f"IVF{leaves},Flat", "nprobe", [{}])
         made[f"faiss IVF-PQ fast scan, refined ({leaves} leaves)"] = faiss_index(
