@@ -178,7 +178,9 @@ class LLMConfig(Section):
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="what ZeRO keeps in host memory; `parameters` includes the optimizer and needs zero_stage=3"
     )
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the device multiplies it fast (GPU, CPU with AVX-512), else float32"
+    )
     checkpoint_every_steps: Positive = 100
     generate_texts: bool = True
     text_choices: Literal["preferred", "catalogue", "category", "free"] = Field(

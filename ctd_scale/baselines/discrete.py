@@ -29,7 +29,7 @@ from ctd_scale.baselines.task import Task, by_length
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.config_baselines import DiscreteConfig
-from ctd_scale.llm.backbone import backbone_folder, load_causal_lm, load_text_tokenizer
+from ctd_scale.llm.backbone import backbone_folder, compute_dtype, load_causal_lm, load_text_tokenizer
 from ctd_scale.llm.model import word_scale
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.windows import training_windows
@@ -164,6 +164,7 @@ def discrete_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
             symbols[number, : len(items) * codes.length] = codes.symbols[items].ravel()
         return (torch.from_numpy(symbols),)
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Task(
         model=model,
         steps=steps,
@@ -173,7 +174,7 @@ def discrete_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
             {"params": [each for each in lm.parameters() if each.requires_grad]},
             {"params": [model.symbols, model.places], "lr": settings.symbol_learning_rate},
         ],
-        half_precision=config.llm.dtype == "bfloat16",
+        half_precision=compute_dtype(config.llm.dtype, device) == torch.bfloat16,
     )
 
 

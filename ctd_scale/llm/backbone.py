@@ -72,6 +72,15 @@ def load_causal_lm(folder: Path, num_hidden_layers: int = 0, dtype: torch.dtype 
         return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What `llm.dtype` means on a device. Where it has no instructions for bfloat16, a product takes fifty times as long
+    as in float32 (a CPU without AVX-512), so `auto` chooses it only where it has."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def load_text_tokenizer(folder: Path) -> Any:
     """The LM's own text tokenizer."""
     return AutoTokenizer.from_pretrained(folder)

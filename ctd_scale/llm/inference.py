@@ -15,11 +15,10 @@ from transformers import DynamicCache
 
 from ctd_scale.batches import Catalogue, NodeArrays
 from ctd_scale.config import LLMConfig
-from ctd_scale.llm.backbone import load_text_tokenizer
+from ctd_scale.llm.backbone import compute_dtype, load_text_tokenizer
 from ctd_scale.llm.choices import AnswerChoices
 from ctd_scale.llm.collator import Collator, Row, latest_items
 from ctd_scale.llm.prompts import load_prompts, make_category_answers
-from ctd_scale.llm.train import DTYPES
 from ctd_scale.llm.weights import BACKBONE, load_model
 
 
@@ -36,7 +35,7 @@ class PreferenceModel:
     ) -> None:
         self.config, self._catalogue = config, catalogue
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(folder, DTYPES[config.dtype]).to(self.device)
+        self.model = load_model(folder, compute_dtype(config.dtype, self.device)).to(self.device)
         self.text_tokenizer = load_text_tokenizer(folder / BACKBONE)
         prompts = load_prompts(folder, self.text_tokenizer, catalogue, config.max_title_tokens)
         self.collator = Collator(prompts, tokens.items, tokens.users if config.use_user_tokens else None)

@@ -11,10 +11,10 @@ import torch
 from ctd_scale.batches import SPLITS, Catalogue, InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.estimates import Estimate, anonymous_memory, seconds_per_call
-from ctd_scale.llm.backbone import hidden_size, load_text_tokenizer
+from ctd_scale.llm.backbone import compute_dtype, hidden_size, load_text_tokenizer
 from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.prompts import Prompts, make_prompts
-from ctd_scale.llm.train import DTYPES, new_model, parameter_groups
+from ctd_scale.llm.train import new_model, parameter_groups
 from ctd_scale.llm.windows import export_windows, training_windows
 
 # Users whose windows are counted; the rest is taken to be alike.
@@ -47,7 +47,7 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
 
     catalogue = min(log.num_items, settings.full_softmax_limit)
     vectors = np.random.default_rng(0).standard_normal((catalogue, settings.preference_dim)).astype(np.float32)
-    model = new_model(settings, backbone, vectors, config.seed).to(DTYPES[settings.dtype])
+    model = new_model(settings, backbone, vectors, config.seed).to(compute_dtype(settings.dtype, torch.device("cpu")))
     optimizer = torch.optim.AdamW(parameter_groups(model, settings))
     rows = _rows(collator, typical, max(1, settings.batch_tokens // (block * typical)), settings.text_every)
     batch = collator(rows)

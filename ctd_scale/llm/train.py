@@ -19,7 +19,13 @@ from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.batches import InteractionLog, NodeArrays
 from ctd_scale.config import LLMConfig, RunConfig
 from ctd_scale.llm import zero
-from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_causal_lm, load_text_tokenizer
+from ctd_scale.llm.backbone import (
+    backbone_folder,
+    compute_dtype,
+    hidden_size,
+    load_causal_lm,
+    load_text_tokenizer,
+)
 from ctd_scale.llm.collator import Collator, LLMBatch, Row
 from ctd_scale.llm.model import PreferenceLM, build_preference_lm
 from ctd_scale.llm.prompts import make_prompts
@@ -27,7 +33,6 @@ from ctd_scale.llm.tokens import load_item_tokens, token_source
 from ctd_scale.llm.weights import BACKBONE, export_model
 from ctd_scale.llm.windows import Windows, pack, plan_steps, training_windows
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FACTS = "facts.json"
 # Standard deviation of the item vectors at the start. A cosine does not see it, but Adam moves every number by about
 # the learning rate a step: the smaller the vectors, the sooner they turn.
@@ -49,7 +54,8 @@ def train_llm(run: Run, config: RunConfig, config_hash: str, target: str = "mode
         raise ArtifactError(
             f"tokens has token_dim={made_dim} but the LLM's hidden_size={token_dim}; rerun train_tokenizer"
         )
-    shown = json.dumps(zero.deepspeed_config(config.llm))
+    dtype = compute_dtype(config.llm.dtype, torch.device("cuda" if config.resources.llm.use_gpu else "cpu"))
+    shown = json.dumps(zero.deepspeed_config(config.llm, dtype))
     training.console.print(f"  DeepSpeed: {shown}", highlight=False, soft_wrap=True, style="dim")
     export = training.run_training(
         train_loop,
@@ -184,6 +190,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
 
     config, seed = LLMConfig.model_validate(arguments["config"]), int(arguments["seed"])
     device = training.prepare_worker(arguments, seed)
+    dtype = compute_dtype(config.dtype, device)
     rank, workers = training.rank(), training.world_size()
     log = InteractionLog.load(Path(arguments["interactions"]))
     backbone = Path(arguments["backbone"])
@@ -204,7 +211,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             model=model,
             optimizer=optimizer,
             lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factors),
-            config=zero.deepspeed_config(config, universal=saved is not None and saved.universal),
+            config=zero.deepspeed_config(config, dtype, universal=saved is not None and saved.universal),
         )
         if saved is not None:
             zero.load(engine, saved)
@@ -263,7 +270,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
         write(folder)
         if rank == 0:
             target = folder / training.EXPORT
-            export_model(target, new_model(config, backbone, item_embeddings, seed), state, DTYPES[config.dtype])
+            export_model(target, new_model(config, backbone, item_embeddings, seed), state, dtype)
             text_tokenizer.save_pretrained(target / BACKBONE)
             prompts.save(target, config.max_title_tokens)
             (target / FACTS).write_text(json.dumps(plan.facts(parts)))

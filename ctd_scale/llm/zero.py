@@ -47,7 +47,7 @@ def prepare_extensions() -> Path:
     return folder
 
 
-def deepspeed_config(config: LLMConfig, *, universal: bool = False) -> dict[str, Any]:
+def deepspeed_config(config: LLMConfig, dtype: torch.dtype, *, universal: bool = False) -> dict[str, Any]:
     """Our settings in DeepSpeed's words; `universal` where it goes on from a universal checkpoint."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload != "none":
@@ -63,7 +63,7 @@ def deepspeed_config(config: LLMConfig, *, universal: bool = False) -> dict[str,
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own Adam for offloaded states would be compiled first; torch's AdamW does as well.
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,

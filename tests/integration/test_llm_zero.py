@@ -246,12 +246,12 @@ def test_on_every_gpu_with_nccl_in_bfloat16(
 
 
 def test_the_config_in_deepspeeds_words() -> None:
-    made = zero.deepspeed_config(LLMConfig(zero_stage=3, offload="parameters", accumulation_steps=4))
+    made = zero.deepspeed_config(LLMConfig(zero_stage=3, offload="parameters", accumulation_steps=4), torch.bfloat16)
     assert made["zero_optimization"]["stage"] == 3
     assert made["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert made["zero_optimization"]["offload_param"]["device"] == "cpu"
     assert made["gradient_accumulation_steps"] == 4
     assert made["bf16"] == {"enabled": True}
-    assert "offload_optimizer" not in zero.deepspeed_config(LLMConfig())["zero_optimization"]
+    assert "offload_optimizer" not in zero.deepspeed_config(LLMConfig(), torch.float32)["zero_optimization"]
     with pytest.raises(ValueError, match=r"llm\.offload='parameters' needs llm\.zero_stage=3, got 2"):
         LLMConfig(offload="parameters")

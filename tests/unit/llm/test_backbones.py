@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ctd_scale.config import ConfigError, LLMConfig
-from ctd_scale.llm.backbone import backbone_folder, hidden_size, load_causal_lm
+from ctd_scale.llm.backbone import backbone_folder, compute_dtype, hidden_size, load_causal_lm
 from ctd_scale.llm.collator import Collator, LLMBatch, Row
 from ctd_scale.llm.model import PreferenceLM, build_preference_lm
 from ctd_scale.llm.prompts import make_prompts
@@ -153,3 +154,22 @@ def test_the_word_embeddings_are_frozen(backbone: Path) -> None:
     model: PreferenceLM = build_preference_lm(load_causal_lm(backbone), torch.randn(4, 8), 0.1, learn_vectors=True)
     assert not model.lm.get_input_embeddings().weight.requires_grad
     assert model.head.temperature.item() == pytest.approx(0.1)
+
+
+def test_auto_is_bfloat16_where_products_of_it_are_not_slow() -> None:
+    chosen = compute_dtype("auto", torch.device("cpu"))
+    assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert compute_dtype("float32", torch.device("cuda")) == torch.float32
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    ratio = seconds(torch.bfloat16) / seconds(torch.float32)
+    # One way or the other by far: hundreds of per cent faster, or tens of times slower.
+    assert (chosen == torch.bfloat16) == (ratio < 5)
