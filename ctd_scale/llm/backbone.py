@@ -73,8 +73,8 @@ def load_causal_lm(folder: Path, num_hidden_layers: int = 0, dtype: torch.dtype 
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What `llm.dtype` means on a device. Where it has no instructions for bfloat16, a product takes fifty times as long
-    as in float32 (a CPU without AVX-512), so `auto` chooses it only where it has."""
+    """What `llm.dtype` means on a device. Where this cannot multiply bfloat16 (a CPU without AVX-512), a product
+    takes fifty times as long as in float32; `auto` is bfloat16 only where it can."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()

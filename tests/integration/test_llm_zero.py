@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from safetensors.numpy import load_file
 
 from ctd_scale import training
@@ -235,7 +236,6 @@ def test_bfloat16_is_close(folder: Path, plain: Any) -> None:
 def test_on_every_gpu_with_nccl_in_bfloat16(
     tmp_path: Path, tiny_chain: Any, backbone: Path, plain: Any, changes: dict[str, Any]
 ) -> None:
-    import torch
 
     config = make_config(backbone, torch.cuda.device_count(), dtype="bfloat16", **changes)
     llm = config.resources.llm.model_copy(update={"use_gpu": True})
