@@ -197,6 +197,8 @@ def test_manifest_quarantine_and_facts(tmp_path: Path, run: Run) -> None:
         core_items=0,
         titles_cut=1,
         titles_missing=1,
+        numbers_missing={},
+        numbers_unread={},
         users=1,
         items=3,
         interactions=3,
