@@ -48,6 +48,10 @@ class Source:
     number: int = 0
     tuned: Row | None = None
 
+    def same_but_for_changes(self, other: Source) -> bool:
+        """Whether the other is the same run with the same models and settings, whatever its catalogue has become."""
+        return replace(self, version="", changes=0, number=0) == replace(other, version="", changes=0, number=0)
+
     def artifacts(self) -> dict[str, Artifact]:
         """The artifacts, refused where they are no longer those of this version: a replica that starts late must not
         mix its answers with those of another model."""
@@ -104,7 +108,7 @@ class Release:
 def open_release(source: Source, before: Release | None = None) -> Release:
     """Load what is behind the preference. Of what was served `before` all is kept that is the same."""
     changes = read_changes(source.run, source.changes)
-    if before is not None and before.source.models == source.models and before.base.built == changes.built:
+    if before is not None and before.source.same_but_for_changes(source) and before.base.built == changes.built:
         live = apply_changes(before.base, changes)
         directory = before.directory.with_catalogue(live.catalogue, live.places)
         rank = before.rank.over(live.retriever, live.graph)
@@ -148,6 +152,7 @@ class Coordinator:
                 serving_log.exception("the catalogue's changes cannot be served")
             self._said = str(error)
             return
+        self._said = ""
         if source is not served and served is self._sources[-1]:
             self._keep(replace(source, number=served.number + 1))
 

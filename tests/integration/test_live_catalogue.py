@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny_run import CATEGORIES, ITEMS, make_tiny_run
+from tiny_run import CATEGORIES, COND_DIM, ITEMS, make_tiny_run
 
 from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.changes import CURRENT, delete, in_force, read_changes, read_items, roll_back, upsert, versions
@@ -17,6 +17,7 @@ from ctd_scale.cli import main
 from ctd_scale.interactions.schema import BadInputError
 from ctd_scale.live import rebuild_index
 from ctd_scale.recommender import Recommender, load_artifacts
+from ctd_scale.serving.release import open_release, source_of
 from ctd_scale.serving.schema import Directory, Range
 
 pytestmark = pytest.mark.slow
@@ -164,6 +165,24 @@ def test_numbers_of_items_change_with_them(run: Run, tmp_path: Path) -> None:
     delete(run, ["a"])
     directory = Directory(Recommender(run).log)
     assert directory.item("i3") not in directory.excluded(ranges={"price": Range(min=1, max=2.5)})
+
+
+def test_a_release_keeps_what_is_the_same_and_takes_up_other_settings(run: Run) -> None:
+    config = run.read_config()
+    first = open_release(source_of(run, config))
+    upsert(run, items(("a", "Red Empire", "drama")))
+    changed = open_release(source_of(run, config), first)
+    assert changed.base is first.base
+    assert changed.version != first.version
+    assert len(changed.catalogue) == ITEMS + 1
+    fewer = run.read_config(["diffusion.error_candidates=1", "diffusion.num_draws=1"])
+    other = open_release(source_of(run, fewer), changed)
+    preference, nothing = np.ones((1, COND_DIM), np.float32), np.zeros(0, np.int32)
+    pools = [
+        release.rank.retrieve.pool(preference, [""], [nothing], draws=None, histories=None)
+        for release in (changed, other)
+    ]
+    assert [pool.ids.shape[1] for pool in pools] == [ITEMS + 1, 1]
 
 
 def test_changes_hold_over_models_that_are_trained_anew(run: Run, tmp_path: Path) -> None:
