@@ -11,7 +11,21 @@ from typing import Annotated
 import typer
 
 from ctd_scale.artifacts import Run
-from ctd_scale.config import RunConfig, load_config
+from ctd_scale.cli_bench import bench
+from ctd_scale.cli_index import index
+from ctd_scale.cli_options import (
+    ConfigOption,
+    DataDirOption,
+    DatasetOption,
+    InteractionsOption,
+    ItemsOption,
+    NameOption,
+    RunOption,
+    SetOption,
+    StorageOption,
+    configured,
+)
+from ctd_scale.config import RunConfig
 from ctd_scale.training import TrainingError, console
 
 app = typer.Typer(
@@ -21,20 +35,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
-bench = typer.Typer(help="Measure.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-index = typer.Typer(help="Change the catalogue of a run, also while it is served.", no_args_is_help=True)
 app.add_typer(index, name="index")
-
-ConfigOption = Annotated[str, typer.Option("--config", "-c", help="TOML file, or a shipped name such as ml100k")]
-StorageOption = Annotated[str, typer.Option(help="folder or fsspec URL that holds the runs")]
-NameOption = Annotated[str, typer.Option(help="the run's name within the storage")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="stage.key=value, repeatable")]
-DatasetOption = Annotated[str | None, typer.Option(help="ready-made set: ml-100k, software, beauty, lastfm")]
-DataDirOption = Annotated[str | None, typer.Option(help="folder of the ready-made sets (env CTD_DATA_DIR)")]
-InteractionsOption = Annotated[str | None, typer.Option(help="your log: Parquet, CSV or JSONL")]
-ItemsOption = Annotated[str | None, typer.Option(help="your catalogue: Parquet, CSV or JSONL")]
-RunOption = Annotated[str, typer.Option("--run", help="folder or URL of a finished run")]
 
 STAGE_ALIASES = {
     "interactions": "prepare_interactions",
@@ -42,24 +44,6 @@ STAGE_ALIASES = {
     "index": "build_index",
     "ranking": "calibrate_ranking",
 }
-
-
-def configured(
-    config: str | None,
-    overrides: Sequence[str] | None,
-    dataset: str | None,
-    data_dir: str | None,
-    interactions: str | None,
-    items: str | None,
-) -> RunConfig:
-    """The config file with the command line on top of it."""
-    sources = {"data_dir": data_dir, "interactions": interactions, "items": items}
-    chosen = [f"interactions.{key}={json.dumps(value)}" for key, value in sources.items() if value is not None]
-    if dataset is not None:
-        chosen.append(f"interactions.dataset={dataset}")
-    elif interactions is not None or items is not None:
-        chosen.append("interactions.dataset=files")
-    return load_config(config, [*chosen, *(overrides or ())])
 
 
 @app.command("run")
@@ -243,154 +227,6 @@ def serve(
 
     serving = open_run()[1].serving
     serve_run(open_run, host=serving.host if host is None else host, port=serving.port if port is None else port)
-
-
-@index.command()
-def upsert(
-    run: RunOption,
-    items: Annotated[str, typer.Option(help="file, folder, glob or URL with item_id, title, category")],
-) -> None:
-    """Put items in, or give those that are there another title and category. What serves the run follows at once."""
-    from ctd_scale.changes import read_items
-    from ctd_scale.changes import upsert as put_in
-
-    opened = Run.open(run)
-    console.print(put_in(opened, read_items(items, opened.read_config().interactions)).summary, highlight=False)
-
-
-@index.command()
-def delete(
-    run: RunOption,
-    item: Annotated[list[str] | None, typer.Option(help="an item id; repeatable")] = None,
-    items: Annotated[str, typer.Option(help="file, folder, glob or URL with item_id")] = "",
-) -> None:
-    """Take items out: they are never recommended again. Histories may still name them."""
-    from ctd_scale.changes import delete as take_out
-    from ctd_scale.changes import read_items
-
-    opened = Run.open(run)
-    gone = list(item or [])
-    if items:
-        gone += read_items(items, opened.read_config().interactions)["item_id"].to_pylist()
-    if not gone:
-        raise ValueError("nothing to take out: give --item ID or --items FILE")
-    console.print(take_out(opened, gone).summary, highlight=False)
-
-
-@index.command()
-def rebuild(run: RunOption) -> None:
-    """Build the index of the catalogue as it is now: after many changes, or when words have come to mean other things.
-    What serves the run goes on with the index that it has until the new one is there."""
-    from ctd_scale.live import rebuild_index
-    from ctd_scale.recommender import load_artifacts
-
-    opened = Run.open(run)
-    changes = rebuild_index(opened, load_artifacts(opened), opened.read_config())
-    console.print(f"{changes.summary}, in an index of its own", highlight=False)
-
-
-@index.command()
-def rollback(
-    run: RunOption,
-    to: Annotated[int | None, typer.Option(help="a version; 0: as the run was made; default: the one before")] = None,
-) -> None:
-    """Put an earlier version of the catalogue in force again."""
-    from ctd_scale.changes import roll_back
-
-    console.print(roll_back(Run.open(run), to).summary, highlight=False)
-
-
-@index.command("versions")
-def list_versions(run: RunOption) -> None:
-    """The versions of the catalogue, and the one in force."""
-    from ctd_scale.changes import in_force, versions
-
-    opened = Run.open(run)
-    current, _ = in_force(opened)
-    lines = [{"version": 0, "based_on": 0, "said": "as the run was made"}, *versions(opened)]
-    for facts in lines:
-        mark = "*" if facts["version"] == current else " "
-        console.print(f"{mark} {facts['version']:4}  from {facts['based_on']:4}  {facts['said']}", highlight=False)
-
-
-@bench.command()
-def quality(
-    data: Annotated[list[str], typer.Option("--data", "-d", help="shipped config of a set, or TOML file; repeatable")],
-    models: Annotated[str, typer.Option(help="names, separated by commas")] = "popularity,item_knn,bpr_mf,lightgcn,"
-    "sasrec,bsarec,preference,full",
-    seeds: Annotated[int, typer.Option(help="how many, from 0")] = 3,
-    reference: Annotated[str, typer.Option(help="what the others are compared with; default: validation's best")] = "",
-    storage: StorageOption = "runs/quality",
-    data_dir: DataDirOption = None,
-    out: Annotated[Path, typer.Option(help="Markdown; .json and .png go beside it")] = Path("quality.md"),
-    overrides: SetOption = None,
-) -> None:
-    """Train and rank any models over seeds, into one table; goes on where it was interrupted."""
-    from ctd_scale.quality import as_json, compare
-    from ctd_scale.quality_report import show, write_quality
-
-    chosen = [*(overrides or ()), *([f"interactions.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
-    names = [name.strip() for name in models.split(",") if name.strip()]
-    for dataset in data:
-        rows = as_json(compare(dataset, names, range(seeds), storage, chosen, reference))
-        show(rows)
-        said = "".join(f" --set {override}" for override in overrides or ())
-        command = f"ctd bench quality --data {Path(dataset).stem} --models {','.join(names)} --seeds {seeds}{said}"
-        write_quality(rows, out, command)
-    console.print(f"written: {out}", highlight=False)
-
-
-@bench.command("serve")
-def bench_serve(
-    run: RunOption,
-    clients: Annotated[str, typer.Option(help="how many ask at once, one level after the other")] = "1,2,4,8",
-    seconds: Annotated[float, typer.Option(help="of each level")] = 10.0,
-    users: Annotated[int, typer.Option(help="of the log, asked for in turn; each was asked for once before")] = 100,
-    k: Annotated[int, typer.Option(help="how many items")] = 10,
-    explain: Annotated[bool, typer.Option(help="let the LLM write a text for every request")] = False,
-    swap_to: Annotated[
-        str, typer.Option("--swap", help="a run that takes its place while the last level goes on")
-    ] = "",
-    rest: Annotated[float, typer.Option(help="seconds of silence at the end, while replicas may go")] = 0.0,
-    out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written")] = None,
-    overrides: SetOption = None,
-) -> None:
-    """Serve a run, let more and more clients ask, and say how many answers there were in how much time."""
-    from ctd_scale.artifacts import write_text
-    from ctd_scale.serving.load import as_json, measure_load, show_load
-
-    levels = [int(count) for count in clients.split(",")]
-    if min(levels) < 1 or seconds <= 0 or users < 1:
-        raise ValueError(f"--clients {clients} --seconds {seconds} --users {users}: expected numbers above 0")
-    opened = Run.open(run)
-    other = Run.open(swap_to) if swap_to else None
-    load = measure_load(opened, opened.read_config(overrides or ()), levels, seconds, users, k, explain, other, rest)
-    show_load(load)
-    if out is not None:
-        said = "".join(f" --set {override}" for override in overrides or ())
-        command = f"ctd bench serve --clients {clients} --seconds {seconds:g} --users {users}{said}"
-        write_text(out, json.dumps(as_json(load, command), indent=1) + "\n")
-
-
-@bench.command("latency")
-def bench_latency(
-    run: RunOption,
-    users: Annotated[int, typer.Option(help="validation users, one request of each for every row")] = 500,
-    out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written too")] = None,
-    overrides: SetOption = None,
-) -> None:
-    """Measure what cheaper settings cost and save, for serving.target_p99_ms to choose from."""
-    from ctd_scale.artifacts import write_text
-    from ctd_scale.latency import as_json, measure_latency, show_rows
-
-    if users < 1:
-        raise ValueError(f"--users {users}: expected at least 1")
-    opened = Run.open(run)
-    rows = measure_latency(opened, opened.read_config(overrides or ()), users)
-    show_rows(rows)
-    if out is not None:
-        said = "".join(f" --set {override}" for override in overrides or ())
-        write_text(out, json.dumps(as_json(rows, users, f"ctd bench latency --users {users}{said}"), indent=1) + "\n")
 
 
 @app.command()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from ctd_scale.serving.schema import BatchRequest, RecommendRequest
 
@@ -31,8 +28,6 @@ print(json.dumps([*found, list(OPTIONS)]))
 
 
 def test_the_bodies_of_the_load_test_are_requests(tmp_path: Path) -> None:
-    if importlib.util.find_spec("locust") is None:
-        pytest.skip("needs locust: pip install '.[bench]'")
     (tmp_path / "ids").write_text("u1\nu 2\n\n")
     (tmp_path / "none").write_text("\n")
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "ids"), str(tmp_path / "none")]

@@ -1,0 +1,95 @@
+"""`ctd bench`: measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctd_scale.artifacts import Run
+from ctd_scale.cli_options import DataDirOption, RunOption, SetOption, StorageOption
+from ctd_scale.training import console
+
+bench = typer.Typer(help="Measure.", no_args_is_help=True)
+
+
+@bench.command()
+def quality(
+    data: Annotated[list[str], typer.Option("--data", "-d", help="shipped config of a set, or TOML file; repeatable")],
+    models: Annotated[str, typer.Option(help="names, separated by commas")] = "popularity,item_knn,bpr_mf,lightgcn,"
+    "sasrec,bsarec,preference,full",
+    seeds: Annotated[int, typer.Option(help="how many, from 0")] = 3,
+    reference: Annotated[str, typer.Option(help="what the others are compared with; default: validation's best")] = "",
+    storage: StorageOption = "runs/quality",
+    data_dir: DataDirOption = None,
+    out: Annotated[Path, typer.Option(help="Markdown; .json and .png go beside it")] = Path("quality.md"),
+    overrides: SetOption = None,
+) -> None:
+    """Train and rank any models over seeds, into one table; goes on where it was interrupted."""
+    from ctd_scale.quality import as_json, compare
+    from ctd_scale.quality_report import show, write_quality
+
+    chosen = [*(overrides or ()), *([f"interactions.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    for dataset in data:
+        rows = as_json(compare(dataset, names, range(seeds), storage, chosen, reference))
+        show(rows)
+        said = "".join(f" --set {override}" for override in overrides or ())
+        command = f"ctd bench quality --data {Path(dataset).stem} --models {','.join(names)} --seeds {seeds}{said}"
+        write_quality(rows, out, command)
+    console.print(f"written: {out}", highlight=False)
+
+
+@bench.command("serve")
+def bench_serve(
+    run: RunOption,
+    clients: Annotated[str, typer.Option(help="how many ask at once, one level after the other")] = "1,2,4,8",
+    seconds: Annotated[float, typer.Option(help="of each level")] = 10.0,
+    users: Annotated[int, typer.Option(help="of the log, asked for in turn; each was asked for once before")] = 100,
+    k: Annotated[int, typer.Option(help="how many items")] = 10,
+    explain: Annotated[bool, typer.Option(help="let the LLM write a text for every request")] = False,
+    swap_to: Annotated[
+        str, typer.Option("--swap", help="a run that takes its place while the last level goes on")
+    ] = "",
+    rest: Annotated[float, typer.Option(help="seconds of silence at the end, while replicas may go")] = 0.0,
+    out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Serve a run, let more and more clients ask, and say how many answers there were in how much time."""
+    from ctd_scale.artifacts import write_text
+    from ctd_scale.serving.load import as_json, measure_load, show_load
+
+    levels = [int(count) for count in clients.split(",")]
+    if min(levels) < 1 or seconds <= 0 or users < 1:
+        raise ValueError(f"--clients {clients} --seconds {seconds} --users {users}: expected numbers above 0")
+    opened = Run.open(run)
+    other = Run.open(swap_to) if swap_to else None
+    load = measure_load(opened, opened.read_config(overrides or ()), levels, seconds, users, k, explain, other, rest)
+    show_load(load)
+    if out is not None:
+        said = "".join(f" --set {override}" for override in overrides or ())
+        command = f"ctd bench serve --clients {clients} --seconds {seconds:g} --users {users}{said}"
+        write_text(out, json.dumps(as_json(load, command), indent=1) + "\n")
+
+
+@bench.command("latency")
+def bench_latency(
+    run: RunOption,
+    users: Annotated[int, typer.Option(help="validation users, one request of each for every row")] = 500,
+    out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written too")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure what cheaper settings cost and save, for serving.target_p99_ms to choose from."""
+    from ctd_scale.artifacts import write_text
+    from ctd_scale.latency import as_json, measure_latency, show_rows
+
+    if users < 1:
+        raise ValueError(f"--users {users}: expected at least 1")
+    opened = Run.open(run)
+    rows = measure_latency(opened, opened.read_config(overrides or ()), users)
+    show_rows(rows)
+    if out is not None:
+        said = "".join(f" --set {override}" for override in overrides or ())
+        write_text(out, json.dumps(as_json(rows, users, f"ctd bench latency --users {users}{said}"), indent=1) + "\n")

@@ -1,0 +1,81 @@
+"""`ctd index`: change the catalogue of a run, also while it is served."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ctd_scale.artifacts import Run
+from ctd_scale.cli_options import RunOption
+from ctd_scale.training import console
+
+index = typer.Typer(help="Change the catalogue of a run, also while it is served.", no_args_is_help=True)
+
+
+@index.command()
+def upsert(
+    run: RunOption,
+    items: Annotated[str, typer.Option(help="file, folder, glob or URL with item_id, title, category")],
+) -> None:
+    """Put items in, or give those that are there another title and category. What serves the run follows at once."""
+    from ctd_scale.changes import read_items
+    from ctd_scale.changes import upsert as put_in
+
+    opened = Run.open(run)
+    console.print(put_in(opened, read_items(items, opened.read_config().interactions)).summary, highlight=False)
+
+
+@index.command()
+def delete(
+    run: RunOption,
+    item: Annotated[list[str] | None, typer.Option(help="an item id; repeatable")] = None,
+    items: Annotated[str, typer.Option(help="file, folder, glob or URL with item_id")] = "",
+) -> None:
+    """Take items out: they are never recommended again. Histories may still name them."""
+    from ctd_scale.changes import delete as take_out
+    from ctd_scale.changes import read_items
+
+    opened = Run.open(run)
+    gone = list(item or [])
+    if items:
+        gone += read_items(items, opened.read_config().interactions)["item_id"].to_pylist()
+    if not gone:
+        raise ValueError("nothing to take out: give --item ID or --items FILE")
+    console.print(take_out(opened, gone).summary, highlight=False)
+
+
+@index.command()
+def rebuild(run: RunOption) -> None:
+    """Build the index of the catalogue as it is now: after many changes, or when words have come to mean other things.
+    What serves the run goes on with the index that it has until the new one is there."""
+    from ctd_scale.live import rebuild_index
+    from ctd_scale.recommender import load_artifacts
+
+    opened = Run.open(run)
+    changes = rebuild_index(opened, load_artifacts(opened), opened.read_config())
+    console.print(f"{changes.summary}, in an index of its own", highlight=False)
+
+
+@index.command()
+def rollback(
+    run: RunOption,
+    to: Annotated[int | None, typer.Option(help="a version; 0: as the run was made; default: the one before")] = None,
+) -> None:
+    """Put an earlier version of the catalogue in force again."""
+    from ctd_scale.changes import roll_back
+
+    console.print(roll_back(Run.open(run), to).summary, highlight=False)
+
+
+@index.command("versions")
+def list_versions(run: RunOption) -> None:
+    """The versions of the catalogue, and the one in force."""
+    from ctd_scale.changes import in_force, versions
+
+    opened = Run.open(run)
+    current, _ = in_force(opened)
+    lines = [{"version": 0, "based_on": 0, "said": "as the run was made"}, *versions(opened)]
+    for facts in lines:
+        mark = "*" if facts["version"] == current else " "
+        console.print(f"{mark} {facts['version']:4}  from {facts['based_on']:4}  {facts['said']}", highlight=False)
