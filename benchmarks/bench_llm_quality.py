@@ -116,7 +116,7 @@ def batches(inputs: Inputs, form: str, rows: list[Row]) -> Iterator[LLMBatch]:
 
 def train(inputs: Inputs, config: LLMConfig, form: str, seed: int) -> PreferenceLM:
     """fp32 weights under autocast: what ZeRO's master weights are, in one plain process."""
-    model = new_model(config, inputs.backbone, inputs.items, seed).train()
+    model = new_model(config, inputs.backbone, inputs.items, seed, inputs.collator.prompts).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
     total = sum(1 for _ in all_prefixes(inputs, config, seed))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear(config, total))
@@ -135,7 +135,7 @@ def train(inputs: Inputs, config: LLMConfig, form: str, seed: int) -> Preference
 
 def ndcg(inputs: Inputs, config: LLMConfig, model: PreferenceLM, split: Split) -> float:
     """NDCG@10 of the preference alone over the whole catalogue, seen items masked."""
-    directions = F.normalize(model.head.vectors, dim=1)
+    directions = F.normalize(model.head.item_vectors(), dim=1)
 
     @torch.inference_mode()
     def scores(users: np.ndarray, histories: list[np.ndarray]) -> np.ndarray:

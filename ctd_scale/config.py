@@ -162,7 +162,11 @@ class LLMConfig(Section):
         "then all with the backbone frozen (CoLLM)",
     )
     token_dropout: Fraction = Field(0.0, description="share of items whose continuous tokens are dropped in training")
-    item_vectors: Literal["learned", "collaborative"] = Field("learned", description="what the retriever searches")
+    item_vectors: Literal["learned", "joined", "collaborative"] = Field(
+        "learned",
+        description="what the retriever searches: vectors learned with the LLM, the same plus a learned projection of "
+        "what the words of a title and category say, or the frozen collaborative embeddings",
+    )
     input_dropout: Fraction = Field(
         0.0, description="of what is read, words and tokens alike; each worker draws its own"
     )

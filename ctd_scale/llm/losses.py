@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,18 +78,19 @@ def softmax_loss(
 
 def sampled_softmax_loss(
     preferences: Float[Tensor, "preferences cond_dim"],
-    vectors: Float[Tensor, "items cond_dim"],
+    vectors_of: Callable[[Tensor], Tensor],
+    num_items: int,
     targets: Int[Tensor, "preferences"],
     temperature: Float[Tensor, ""],
     negatives: Int[Tensor, "negatives"],
 ) -> Float[Tensor, ""]:
     """The same with negatives drawn uniformly, shared by the batch, each corrected by the log of its expected count
     (logQ; Bengio & Senecal, 2008), so that the partition sum is estimated without bias. A negative that is the
-    target is left out, and so is not counted twice."""
+    target is left out, and so is not counted twice. `vectors_of` gives the vectors of some items alone."""
     queries = F.normalize(preferences.float(), dim=1) / temperature
-    positive = (queries * F.normalize(vectors[targets].float(), dim=1)).sum(dim=1, keepdim=True)
-    negative = queries @ F.normalize(vectors[negatives].float(), dim=1).T
-    negative = negative - math.log(len(negatives) / len(vectors))
+    positive = (queries * F.normalize(vectors_of(targets).float(), dim=1)).sum(dim=1, keepdim=True)
+    negative = queries @ F.normalize(vectors_of(negatives).float(), dim=1).T
+    negative = negative - math.log(len(negatives) / num_items)
     negative = negative.masked_fill(negatives[None, :] == targets[:, None], -torch.inf)
     logits = torch.cat([positive, negative], dim=1)
     return F.cross_entropy(logits, torch.zeros_like(targets), reduction="sum")

@@ -19,6 +19,9 @@ from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
 
 # How much the latest item's vector weighs in a preference before anything is learned, and each earlier one beside it.
 LATEST, EARLIER = 3.2, 0.6
+# Standard deviation of the item vectors at the start. A cosine does not see it, but Adam moves every number by about
+# the learning rate a step: the smaller the vectors, the sooner they turn.
+VECTOR_SCALE = 0.1
 
 
 class TokenAdapter(nn.Module):
@@ -58,9 +61,14 @@ class PreferenceHead(nn.Module):
     """From the hidden state h at an item's last continuous token to the preference, and what it is scored by: item
     vectors (learned with it, or frozen) and a learned temperature.
 
+    With `descriptions` x, fixed features of the items, the vectors are `q_i = v_i + P x_i`, P learned: items that few
+    have chosen share what their words have in common with others.
+
     `c = W h + sum_k a_k v_k / |v_k|`, v_k the vector of the k-th latest item: a preference begins at what was chosen
     last, and W h says what to change. Without `recency` it is `W h` alone.
     """
+
+    descriptions: Tensor
 
     def __init__(
         self,
@@ -71,6 +79,7 @@ class PreferenceHead(nn.Module):
         learn_vectors: bool,
         recency: bool,
         dropout: float = 0.0,
+        descriptions: Float[Tensor, "items text_dim"] | None = None,
     ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
@@ -78,6 +87,19 @@ class PreferenceHead(nn.Module):
         self.vectors = nn.Parameter(vectors.clone(), requires_grad=learn_vectors)
         self.log_temperature = nn.Parameter(torch.tensor(temperature).log().reshape(1))
         self.recency = nn.Parameter(LATEST * EARLIER ** torch.arange(RECENT)) if recency else None
+        self.describe = None
+        if descriptions is not None:
+            self.register_buffer("descriptions", descriptions, persistent=False)
+            self.describe = nn.Linear(descriptions.shape[1], vectors.shape[1], bias=False)
+            nn.init.normal_(self.describe.weight, std=VECTOR_SCALE)
+
+    def item_vectors(self, items: Int[Tensor, "*shape"] | None = None) -> Float[Tensor, "*shape cond_dim"]:
+        """What preferences are compared with: of these items, or of all."""
+        own: Tensor = self.vectors if items is None else F.embedding(items, self.vectors)
+        if self.describe is None:
+            return own
+        words = self.descriptions if items is None else F.embedding(items, self.descriptions)
+        return own + self.describe(words.to(self.describe.weight.dtype)).to(own.dtype)
 
     def forward(
         self, states: Float[Tensor, "preferences token_dim"], recent: Int[Tensor, "preferences recent"]
@@ -85,7 +107,7 @@ class PreferenceHead(nn.Module):
         preferences: Tensor = self.project(self.dropout(states))
         if self.recency is None:
             return preferences
-        latest = F.normalize(F.embedding(recent.clamp_min(0), self.vectors).float(), dim=-1)
+        latest = F.normalize(self.item_vectors(recent.clamp_min(0)).float(), dim=-1)
         weights = self.recency.float() * (recent >= 0)
         return preferences + (weights[:, :, None] * latest).sum(dim=1).to(preferences.dtype)
 
@@ -167,11 +189,12 @@ class PreferenceLM(nn.Module):
         """Sums (not means) of the preference loss over positions and of the LM loss over answer tokens."""
         hidden = self.hidden(batch)
         preferences = self.head(hidden[batch.preference_positions], batch.recent)
-        vectors, temperature = self.head.vectors, self.head.temperature
+        vectors, temperature = self.head.item_vectors, self.head.temperature
         if negatives is None:
-            preference = softmax_loss(preferences, vectors, batch.targets, temperature)
+            preference = softmax_loss(preferences, vectors(), batch.targets, temperature)
         else:
-            preference = sampled_softmax_loss(preferences, vectors, batch.targets, temperature, negatives)
+            items = len(self.head.vectors)
+            preference = sampled_softmax_loss(preferences, vectors, items, batch.targets, temperature, negatives)
         # The vocabulary's logits cost as much as several layers: only where an answer token is predicted.
         logits = self.word_logits(hidden[batch.answer_positions])
         return preference, F.cross_entropy(logits, batch.answer_ids, reduction="sum")
@@ -231,14 +254,21 @@ def build_preference_lm(
     recency: bool = True,
     input_dropout: float = 0.0,
     head_dropout: float = 0.0,
+    descriptions: Float[Tensor, "items text_dim"] | None = None,
 ) -> PreferenceLM:
     """A preference model on top of a causal LM, with fresh adapter and head. With `projected_dim` item tokens are
-    embeddings of that size, which the adapter projects; `recency` is that of the head."""
+    embeddings of that size, which the adapter projects; `recency` and `descriptions` are those of the head."""
     token_dim, scale = int(lm.get_input_embeddings().weight.shape[1]), word_scale(lm)
     adapter = (
         TokenAdapter(token_dim, scale) if projected_dim is None else ProjectionAdapter(projected_dim, token_dim, scale)
     )
     head = PreferenceHead(
-        token_dim, vectors, temperature, learn_vectors=learn_vectors, recency=recency, dropout=head_dropout
+        token_dim,
+        vectors,
+        temperature,
+        learn_vectors=learn_vectors,
+        recency=recency,
+        dropout=head_dropout,
+        descriptions=descriptions,
     )
     return PreferenceLM(lm, adapter, head, dropout=input_dropout)

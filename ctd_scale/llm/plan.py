@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,13 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
 
     catalogue = min(log.num_items, settings.full_softmax_limit)
     vectors = np.random.default_rng(0).standard_normal((catalogue, settings.preference_dim)).astype(np.float32)
-    model = new_model(settings, backbone, vectors, config.seed).to(compute_dtype(settings.dtype, torch.device("cpu")))
+    length = len(prompts.answer(0))
+    described = replace(
+        prompts, answers=np.tile(prompts.answer(0), catalogue), answer_offsets=np.arange(catalogue + 1) * length
+    )
+    model = new_model(settings, backbone, vectors, config.seed, described).to(
+        compute_dtype(settings.dtype, torch.device("cpu"))
+    )
     optimizer = torch.optim.AdamW(parameter_groups(model, settings))
     rows = _rows(collator, typical, max(1, settings.batch_tokens // (block * typical)), settings.text_every)
     batch = collator(rows)

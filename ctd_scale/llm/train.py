@@ -27,16 +27,14 @@ from ctd_scale.llm.backbone import (
     load_text_tokenizer,
 )
 from ctd_scale.llm.collator import Collator, LLMBatch, Row
-from ctd_scale.llm.model import PreferenceLM, build_preference_lm
-from ctd_scale.llm.prompts import make_prompts
+from ctd_scale.llm.descriptions import describe_items
+from ctd_scale.llm.model import VECTOR_SCALE, PreferenceLM, build_preference_lm
+from ctd_scale.llm.prompts import Prompts, make_prompts
 from ctd_scale.llm.tokens import load_item_tokens, token_source
 from ctd_scale.llm.weights import BACKBONE, export_model
 from ctd_scale.llm.windows import Windows, pack, plan_steps, training_windows
 
 FACTS = "facts.json"
-# Standard deviation of the item vectors at the start. A cosine does not see it, but Adam moves every number by about
-# the learning rate a step: the smaller the vectors, the sooner they turn.
-VECTOR_SCALE = 0.1
 
 
 def train_llm(run: Run, config: RunConfig, config_hash: str, target: str = "models/llm", stage: str = "llm") -> None:
@@ -201,7 +199,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     plan = make_plan(log, collator, config, seed)
 
     item_embeddings = NodeArrays.load(Path(arguments["embeddings"])).items
-    model = new_model(config, backbone, item_embeddings, seed)
+    model = new_model(config, backbone, item_embeddings, seed, prompts)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
     factors = learning_rates(config, plan.total_steps)
@@ -270,7 +268,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
         write(folder)
         if rank == 0:
             target = folder / training.EXPORT
-            export_model(target, new_model(config, backbone, item_embeddings, seed), state, dtype)
+            export_model(target, new_model(config, backbone, item_embeddings, seed, prompts), state, dtype)
             text_tokenizer.save_pretrained(target / BACKBONE)
             prompts.save(target, config.max_title_tokens)
             (target / FACTS).write_text(json.dumps(plan.facts(parts)))
@@ -279,8 +277,11 @@ def train_loop(arguments: dict[str, Any]) -> None:
     steplog.close()
 
 
-def new_model(config: LLMConfig, backbone: Path, item_embeddings: np.ndarray, seed: int) -> PreferenceLM:
-    """The model before training; the same on every worker and on every start."""
+def new_model(
+    config: LLMConfig, backbone: Path, item_embeddings: np.ndarray, seed: int, prompts: Prompts | None = None
+) -> PreferenceLM:
+    """The model before training; the same on every worker and on every start. Joined item vectors need the `prompts`,
+    from which items are described."""
     training.seed_all(seed)
     lm = load_causal_lm(backbone, config.num_hidden_layers)
     if config.gradient_checkpointing:
@@ -295,15 +296,21 @@ def new_model(config: LLMConfig, backbone: Path, item_embeddings: np.ndarray, se
         lm = inject_adapter_in_model(lora, lm)
     vectors = initial_vectors(torch.tensor(np.asarray(item_embeddings)), config)
     projected_dim = item_embeddings.shape[1] if config.item_tokens == "projected" else None
+    descriptions = None
+    if config.item_vectors == "joined":
+        if prompts is None:
+            raise ValueError("llm.item_vectors='joined' needs the prompts of the catalogue")
+        descriptions = describe_items(prompts, lm.get_input_embeddings().weight)
     return build_preference_lm(
         lm,
         vectors,
         config.temperature,
-        learn_vectors=config.item_vectors == "learned",
+        learn_vectors=config.item_vectors != "collaborative",
         projected_dim=projected_dim,
         recency=config.recency,
         input_dropout=config.input_dropout,
         head_dropout=config.head_dropout,
+        descriptions=descriptions,
     )
 
 

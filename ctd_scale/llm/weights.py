@@ -17,7 +17,8 @@ PROJECTION = "adapter.enter.weight"
 
 
 def export_model(folder: Path, model: PreferenceLM, trained: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Write a trained model: `trained` overrides the weights of `model`; LoRA is merged into the backbone."""
+    """Write a trained model: `trained` overrides the weights of `model`; LoRA is merged into the backbone, and what
+    descriptions add to the item vectors into these."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in trained:
@@ -31,8 +32,10 @@ def export_model(folder: Path, model: PreferenceLM, trained: dict[str, torch.Ten
     heads = {
         name: value.detach().float().contiguous()
         for name, value in model.state_dict().items()
-        if not name.startswith("lm.")
+        if not name.startswith(("lm.", "head.describe."))
     }
+    with torch.no_grad():
+        heads["head.vectors"] = model.head.item_vectors().float().contiguous()
     save_file(heads, folder / HEADS)
 
 

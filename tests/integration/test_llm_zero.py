@@ -52,6 +52,7 @@ def make_config(backbone: Path, workers: int = 1, **changes: Any) -> RunConfig:
         "num_hidden_layers": 2,
         "max_history": 5,
         "preference_dim": 12,
+        "item_vectors": "joined",
         "dtype": "float32",
         "epochs": EPOCHS,
         "batch_tokens": 100,
