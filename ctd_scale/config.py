@@ -208,14 +208,21 @@ class DiffusionConfig(Section):
     """Contrastive denoising diffusion over item vectors (method: diffusion)."""
 
     prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample"
-    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    beta_schedule: Literal["linear", "squaredcos_cap_v2", "exponential"] = "squaredcos_cap_v2"
     num_train_timesteps: Positive = 1000
     hidden_dim: Positive = 256
     num_blocks: Positive = 2
     dropout: Fraction = 0.1
     condition_dropout: Fraction = 0.1
     denoising_weight: NotNegative = 1.0
+    min_snr: NotNegative = Field(
+        0.0, description="the denoising loss weighs a timestep by its SNR, at most by this (Min-SNR: 5); 0 = all alike"
+    )
     contrastive_weight: NotNegative = 0.5
+    contrastive_negatives: Literal["uniform", "popularity", "in_batch", "hard"] = Field(
+        "uniform", description="whose denoising error should be larger than the positive's"
+    )
+    num_contrasted: Positive = Field(1, description="how many of the negatives are contrasted")
     recommendation_weight: NotNegative = 0.1
     num_negatives: Positive = 64
     temperature: PositiveFloat = 0.1
@@ -232,6 +239,14 @@ class DiffusionConfig(Section):
     draw_temperature: PositiveFloat = Field(0.1, description="tau of the log-sum-exp over draws")
     error_candidates: Positive = Field(100, description="how many candidates the denoiser's error ranks")
     error_evaluations: Positive = Field(8, description="common (timestep, noise) pairs of the error")
+
+    @model_validator(mode="after")
+    def _contrasted_are_negatives(self) -> DiffusionConfig:
+        if self.num_contrasted > self.num_negatives:
+            raise ValueError(
+                f"diffusion.num_contrasted={self.num_contrasted} is above diffusion.num_negatives={self.num_negatives}"
+            )
+        return self
 
 
 class RetrievalConfig(Section):

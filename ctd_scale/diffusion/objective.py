@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
@@ -11,18 +12,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 PredictionType = Literal["sample", "epsilon", "v_prediction"]
+EXPONENTIAL_BETAS = (1e-4, 0.02)  # the first and the last, the usual ends of the linear schedule
+
+
+def schedule_options(num_train_timesteps: int, beta_schedule: str, prediction_type: PredictionType) -> dict[str, Any]:
+    """What a scheduler of diffusers must be told to have the betas of training. At the last timestep nothing of the
+    sample is left (zero terminal SNR; Lin et al., 2024), so that sampling from pure noise begins where training ended;
+    a noise prediction cannot be inverted there and keeps a trace."""
+    options: dict[str, Any] = {
+        "num_train_timesteps": num_train_timesteps,
+        "rescale_betas_zero_snr": prediction_type != "epsilon",
+    }
+    if beta_schedule == "exponential":
+        return {**options, "trained_betas": np.geomspace(*EXPONENTIAL_BETAS, num_train_timesteps).tolist()}
+    return {**options, "beta_schedule": beta_schedule}
 
 
 def cumulative_alphas(
     num_train_timesteps: int, beta_schedule: str, prediction_type: PredictionType
 ) -> Float[Tensor, "timesteps"]:
-    """abar_t. At the last timestep nothing of the sample is left (zero terminal SNR), so that sampling from pure noise
-    begins where training ended; a noise prediction cannot be inverted there and keeps a trace."""
-    scheduler = DDPMScheduler(
-        num_train_timesteps=num_train_timesteps,
-        beta_schedule=beta_schedule,
-        rescale_betas_zero_snr=prediction_type != "epsilon",
-    )
+    """abar_t of every timestep."""
+    scheduler = DDPMScheduler(**schedule_options(num_train_timesteps, beta_schedule, prediction_type))
     return scheduler.alphas_cumprod.float()
 
 
@@ -62,6 +72,19 @@ def predicted_sample(
     return alpha.sqrt() * noisy - (1 - alpha).sqrt() * output
 
 
+def min_snr_weights(
+    alpha: Float[Tensor, "batch"], prediction_type: PredictionType, gamma: float
+) -> Float[Tensor, "batch"]:
+    """`min(SNR_t, gamma)` in terms of the sample, whatever is predicted (Hang et al., 2023); 0 = all weigh 1."""
+    if not gamma:
+        return torch.ones_like(alpha)
+    snr = alpha / (1 - alpha)
+    capped = snr.clamp_max(gamma)
+    return {"sample": capped, "epsilon": capped / snr.clamp_min(1e-8), "v_prediction": capped / (snr + 1)}[
+        prediction_type
+    ]
+
+
 class Losses(NamedTuple):
     denoising: Float[Tensor, ""]
     contrastive: Float[Tensor, ""]
@@ -80,25 +103,28 @@ def diffusion_losses(
     alphas: Float[Tensor, "timesteps"],
     prediction_type: PredictionType,
     temperature: float,
+    contrasted: int = 1,
+    min_snr: float = 0.0,
 ) -> Losses:
     """The three terms, each a mean over the batch. Vectors come in unit variance.
 
-    denoising       ||target - prediction||^2 / cond_dim, on the positive
-    contrastive     -log sigmoid( ||err-||^2 - ||err+||^2 ), the first negative noised with the same noise and timestep
+    denoising       ||target - prediction||^2 / cond_dim, on the positive, weighed by `min_snr_weights`
+    contrastive     -log softmax( -||err||^2 ) of the positive among the first `contrasted` negatives, all noised with
+                    the same noise and timestep; with one of them -log sigmoid( ||err-||^2 - ||err+||^2 )
     recommendation  softmax of cos(x_0^, .) / temperature over the positive and all negatives
     """
     alpha = alphas[timesteps][None, :, None]
-    both = torch.stack([positive, negatives[:, 0]])
-    noisy = add_noise(both, noise[None], alpha)
+    noised = torch.cat([positive[None], negatives[:, :contrasted].transpose(0, 1)])
+    noisy = add_noise(noised, noise[None], alpha)
     output = denoiser(noisy, timesteps[None], condition[None], dropped[None])
-    errors = (output - training_target(both, noise[None], alpha, prediction_type)).square()
-    good, bad = errors.mean(dim=2)
-    # BPR on whole squared norms saturates at once in 64 dimensions; per-dimension means differ by its scale alone.
-    contrastive = F.softplus(good - bad)
+    # On whole squared norms it saturates at once in 64 dimensions; per-dimension means differ by its scale alone.
+    errors = (output - training_target(noised, noise[None], alpha, prediction_type)).square().mean(dim=2)
+    chosen = torch.zeros(len(positive), dtype=torch.long, device=positive.device)
+    contrastive = F.cross_entropy(-errors.T, chosen)
+    denoising = (min_snr_weights(alphas[timesteps], prediction_type, min_snr) * errors[0]).mean()
 
     sample = predicted_sample(output, noisy, alpha, prediction_type)[0]
     items = torch.cat([positive[:, None], negatives], dim=1)
     cosines = torch.einsum("bd,bnd->bn", F.normalize(sample, dim=1), F.normalize(items, dim=2))
-    chosen = torch.zeros(len(positive), dtype=torch.long, device=positive.device)
     recommendation = F.cross_entropy(cosines / temperature, chosen)
-    return Losses(good.mean(), contrastive.mean(), recommendation)
+    return Losses(denoising, contrastive, recommendation)

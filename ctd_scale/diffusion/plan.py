@@ -35,6 +35,8 @@ def plan_diffusion(prefixes: float, items: int, cond_dim: int, config: Diffusion
             alphas=alphas,
             prediction_type=config.prediction_type,
             temperature=config.temperature,
+            contrasted=config.num_contrasted,
+            min_snr=config.min_snr,
         )
         optimizer.zero_grad(set_to_none=True)
         torch.stack(tuple(losses)).sum().backward()

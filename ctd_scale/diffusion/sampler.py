@@ -13,16 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ctd_scale.config import DiffusionConfig
-from ctd_scale.diffusion.objective import add_noise, cumulative_alphas, predicted_sample
+from ctd_scale.diffusion.objective import add_noise, cumulative_alphas, predicted_sample, schedule_options
 
 
 def make_scheduler(config: DiffusionConfig) -> Any:
     """The sampling scheduler: same betas as in training, timesteps that begin at the very last one."""
-    options: dict[str, Any] = {
-        "num_train_timesteps": config.num_train_timesteps,
-        "beta_schedule": config.beta_schedule,
+    options = {
+        **schedule_options(config.num_train_timesteps, config.beta_schedule, config.prediction_type),
         "prediction_type": config.prediction_type,
-        "rescale_betas_zero_snr": config.prediction_type != "epsilon",
         "timestep_spacing": "trailing",
     }
     if config.sampler == "ddim":

@@ -18,6 +18,7 @@ from ctd_scale.artifacts import Run
 from ctd_scale.batches import Preferences
 from ctd_scale.config import DiffusionConfig, RunConfig
 from ctd_scale.diffusion.denoiser import Denoiser
+from ctd_scale.diffusion.negatives import chosen_negatives, uniform_negatives
 from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses, unit_variance
 
 WEIGHTS = "denoiser.safetensors"
@@ -57,6 +58,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     conditions = unit_variance(torch.tensor(data.vectors)).to(device)
     targets = torch.tensor(data.targets, dtype=torch.long)
     vectors = unit_variance(torch.tensor(np.load(arguments["vectors"]))).to(device)
+    popularity = torch.bincount(targets, minlength=len(vectors))
     alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type).to(device)
 
     model = Denoiser(vectors.shape[1], config.hidden_dim, config.num_blocks, config.dropout).to(device)
@@ -95,19 +97,23 @@ def train_loop(arguments: dict[str, Any]) -> None:
             "noise": torch.randn(batch_size, vectors.shape[1], generator=generator),
             "dropped": torch.rand(batch_size, generator=generator) < config.condition_dropout,
         }
-        negative_rows = torch.randint(len(vectors) - 1, (batch_size, config.num_negatives), generator=generator)
-        negative_rows += negative_rows >= targets[rows][:, None]  # uniform over all items but the target
+        negatives = uniform_negatives(targets[rows], config.num_negatives, len(vectors), generator)
+        if config.contrastive_negatives != "uniform":
+            kind, count = config.contrastive_negatives, config.num_contrasted
+            negatives[:, :count] = chosen_negatives(kind, targets[rows], count, vectors, popularity, generator)
         mine = slice(training.rank(), None, training.world_size())
         torch.manual_seed(seed * 1_000_003 + step)  # dropout
         losses = diffusion_losses(
             parallel,
             condition=conditions[rows[mine]],
             positive=vectors[targets[rows[mine]]],
-            negatives=vectors[negative_rows[mine]],
+            negatives=vectors[negatives[mine]],
             **{name: values[mine].to(device) for name, values in draws.items()},
             alphas=alphas,
             prediction_type=config.prediction_type,
             temperature=config.temperature,
+            contrasted=config.num_contrasted,
+            min_snr=config.min_snr,
         )
         loss = (
             config.denoising_weight * losses.denoising

@@ -68,8 +68,9 @@ def test_a_planted_set_is_learned(tmp_path: Path, one_worker: Any) -> None:
     assert not np.allclose(other.draws(directions, 4), draws, atol=1e-4)
 
 
-def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(tmp_path: Path, one_worker: Any) -> None:
-    given = planted(tmp_path, epochs=6, checkpoint_every_steps=5)
+@pytest.mark.parametrize("negatives", ["uniform", "popularity", "in_batch", "hard"])
+def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(tmp_path: Path, one_worker: Any, negatives: str) -> None:
+    given = planted(tmp_path, epochs=6, checkpoint_every_steps=5, contrastive_negatives=negatives, num_contrasted=2)
     whole = load_file(one_worker.run(train_loop, given) / WEIGHTS)
     assert one_worker.steps == list(range(1, 13)), "2 batches of 128 in 256 rows, 6 epochs"
     one_worker.restart(die_at=2)

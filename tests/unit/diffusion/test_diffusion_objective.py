@@ -18,13 +18,14 @@ from ctd_scale.diffusion.objective import (
     add_noise,
     cumulative_alphas,
     diffusion_losses,
+    min_snr_weights,
     predicted_sample,
     training_target,
     unit_variance,
 )
 
 TYPES = ("sample", "epsilon", "v_prediction")
-SCHEDULES = ("linear", "squaredcos_cap_v2")
+SCHEDULES = ("linear", "squaredcos_cap_v2", "exponential")
 BATCH, NEGATIVES, DIM, STEPS = 5, 3, 4, 100
 
 
@@ -76,6 +77,19 @@ def test_unit_variance_keeps_directions() -> None:
     assert torch.allclose(scaled.square().mean(dim=1), torch.ones(2))
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_min_snr_weighs_the_sample_alike_whatever_is_predicted(kind: Any) -> None:
+    alpha = cumulative_alphas(STEPS, "linear", "epsilon")
+    torch.manual_seed(0)
+    noisy, wrong = torch.randn(STEPS, DIM), 0.1 * torch.randn(STEPS, DIM)
+    output = torch.randn(STEPS, DIM)
+    column = alpha[:, None]
+    off = predicted_sample(output + wrong, noisy, column, kind) - predicted_sample(output, noisy, column, kind)
+    expected = (alpha / (1 - alpha)).clamp_max(5.0) * off.square().sum(dim=1)
+    assert torch.allclose(min_snr_weights(alpha, kind, 5.0) * wrong.square().sum(dim=1), expected, rtol=1e-3)
+    assert torch.equal(min_snr_weights(alpha, kind, 0.0), torch.ones(STEPS))
+
+
 # -- losses --------------------------------------------------------------------------------------------------
 
 
@@ -119,16 +133,18 @@ def drawn() -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize(("contrasted", "min_snr"), [(1, 0.0), (3, 5.0)])
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_three_losses_one_sample_at_a_time(kind: Any) -> None:
+def test_the_three_losses_one_sample_at_a_time(kind: Any, contrasted: int, min_snr: float) -> None:
     batch, denoiser = drawn(), Linear()
     alphas = cumulative_alphas(STEPS, "linear", kind)
-    got = diffusion_losses(denoiser, **batch, alphas=alphas, prediction_type=kind)
+    options = {"alphas": alphas, "prediction_type": kind, "contrasted": contrasted, "min_snr": min_snr}
+    got = diffusion_losses(denoiser, **batch, **options)
     terms = []
     for row in range(BATCH):
         alpha, noise = float(alphas[batch["timesteps"][row]]), batch["noise"][row]
         errors, samples = [], []
-        for item in (batch["positive"][row], batch["negatives"][row, 0]):
+        for item in (batch["positive"][row], *batch["negatives"][row, :contrasted]):
             noisy = math.sqrt(alpha) * item + math.sqrt(1 - alpha) * noise
             output = denoiser(noisy, batch["timesteps"][row], batch["condition"][row], batch["dropped"][row])
             target = {
@@ -143,8 +159,11 @@ def test_the_three_losses_one_sample_at_a_time(kind: Any) -> None:
             for item in (batch["positive"][row], *batch["negatives"][row])
         ]
         partition = sum(math.exp(cosine - cosines[0]) for cosine in cosines)
-        good, bad = errors
-        terms.append((good, float(F.softplus(torch.tensor(good - bad))), math.log(partition)))
+        good, *bad = errors
+        snr = alpha / (1 - alpha)
+        in_terms_of_the_sample = {"sample": 1.0, "epsilon": 1 / max(snr, 1e-8), "v_prediction": 1 / (snr + 1)}[kind]
+        weight = min(snr, min_snr) * in_terms_of_the_sample if min_snr else 1.0
+        terms.append((weight * good, math.log(1 + sum(math.exp(good - error) for error in bad)), math.log(partition)))
     for value, expected in zip(got, np.mean(terms, axis=0), strict=True):
         assert value.item() == pytest.approx(expected, rel=1e-3)
 
