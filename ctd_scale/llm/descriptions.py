@@ -22,9 +22,9 @@ def describe_items(prompts: Prompts, words: Float[Tensor, "vocabulary token_dim"
     """
     count = len(prompts.answer_offsets) - 1
     ids = np.asarray(prompts.answers)
-    said = csr_matrix(
-        (np.ones(len(ids), np.float32), ids, np.asarray(prompts.answer_offsets)), shape=(count, len(words))
-    )
+    offsets = np.asarray(prompts.answer_offsets)
+    shape = (count, len(words))
+    said = csr_matrix((np.ones(len(ids), np.float32), ids, offsets), shape, copy=True)  # it sorts in place
     said.sum_duplicates()
     frequency = np.bincount(said.indices, minlength=len(words))
     rarity = np.log((count + 1) / (frequency + 1)).astype(np.float32)

@@ -38,6 +38,8 @@ def test_descriptions_are_the_weighted_means_of_words(prompts: Prompts) -> None:
         means.append((rarity[:, None] * words[answer]).sum(dim=0) / rarity.sum())
     expected = torch.stack(means) - torch.stack(means).mean(dim=0)
     found = describe_items(prompts, words)
+    assert [prompts.answer(item).tolist() for item in range(5)] == answers, "the answers are not touched"
+    assert torch.equal(found, describe_items(prompts, words))
     assert torch.allclose(found, F.normalize(expected, dim=1), atol=1e-5)
     assert torch.equal(found[0], found[4]), "one text, one description"
 
