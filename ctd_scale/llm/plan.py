@@ -48,13 +48,8 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
 
     catalogue = min(log.num_items, settings.full_softmax_limit)
     vectors = np.random.default_rng(0).standard_normal((catalogue, settings.preference_dim)).astype(np.float32)
-    length = len(prompts.answer(0))
-    described = replace(
-        prompts, answers=np.tile(prompts.answer(0), catalogue), answer_offsets=np.arange(catalogue + 1) * length
-    )
-    model = new_model(settings, backbone, vectors, config.seed, described).to(
-        compute_dtype(settings.dtype, torch.device("cpu"))
-    )
+    model = new_model(settings, backbone, vectors, config.seed, _repeated(prompts, catalogue))
+    model = model.to(compute_dtype(settings.dtype, torch.device("cpu")))
     optimizer = torch.optim.AdamW(parameter_groups(model, settings))
     rows = _rows(collator, typical, max(1, settings.batch_tokens // (block * typical)), settings.text_every)
     batch = collator(rows)
@@ -92,6 +87,19 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
             4.0 * (prefixes + histories) * settings.preference_dim,
             f"{prefixes:,.0f} prefixes, {read_in_export * reading:.0f} s to read, {spoken:.0f} s to write texts",
         ),
+    )
+
+
+def _repeated(prompts: Prompts, count: int) -> Prompts:
+    """The first item's title and answer, so many times."""
+    title, answer = prompts.title(0), prompts.answer(0)
+    places = np.arange(count + 1)
+    return replace(
+        prompts,
+        titles=np.tile(title, count),
+        title_offsets=places * len(title),
+        answers=np.tile(answer, count),
+        answer_offsets=places * len(answer),
     )
 
 
