@@ -97,7 +97,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        console.print("no picture: pip install 'ctd-scale[bench]' brings matplotlib", style="yellow")
+        console.print("no picture: pip install 'ctd-scale[bench]' brings matplotlib", style="yellow", markup=False)
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
