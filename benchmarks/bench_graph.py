@@ -24,7 +24,8 @@ from benchmarks.report import Case
 from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import Catalogue, InteractionLog
-from ctd_scale.config import GraphConfig, StageResources
+from ctd_scale.config import GraphConfig
+from ctd_scale.config_resources import StageResources
 from ctd_scale.estimates import peak_memory
 from ctd_scale.graph import kernels
 from ctd_scale.graph.build import build_graph

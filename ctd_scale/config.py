@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from ctd_scale.config_baselines import BaselinesConfig
+from ctd_scale.config_resources import ResourcesConfig
 from ctd_scale.config_section import Fraction, NotNegative, Positive, PositiveFloat, Section
+from ctd_scale.config_serving import ServingConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -278,67 +280,6 @@ class EvaluationConfig(Section):
         0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0,
     )  # fmt: skip
     text_factors: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (0.0, 0.02, 0.05, 0.1, 0.2)
-
-
-class ServingConfig(Section):
-    """The HTTP endpoint and its replicas."""
-
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    min_replicas: Positive = 1
-    max_replicas: Positive = 2
-    upscale_delay_s: NotNegative = Field(10.0, description="more is asked than the replicas do for so long: one more")
-    downscale_delay_s: NotNegative = Field(120.0, description="fewer would do for so long: one less")
-    max_ongoing_requests: Positive = 16
-    max_queued_requests: Positive = 256
-    max_batch_size: Positive = 8
-    batch_wait_ms: NotNegative = 2.0
-    request_timeout_s: PositiveFloat = 30.0
-    body_timeout_s: PositiveFloat = Field(10.0, description="all of a body must arrive within so long")
-    max_k: Positive = 500
-    max_history: Positive = 500
-    max_requests: Positive = Field(100, description="of one batch")
-    max_body_bytes: Positive = 1_000_000
-    cached_preferences: Annotated[int, Field(ge=0)] = Field(
-        100_000, description="preferences that each ingress replica keeps, by history"
-    )
-    recall_probe_s: NotNegative = Field(
-        60.0, description="how often each ingress replica compares an approximate index with exact search; 0 = never"
-    )
-    target_p99_ms: NotNegative = Field(
-        0.0,
-        description="serve with the settings of the best NDCG@10 whose p99 behind the preference is no longer, by "
-        "`ctd bench latency`; 0 = with those of the run",
-    )
-    access_log: bool = Field(True, description="a line of JSON for every request")
-
-    @model_validator(mode="after")
-    def _replicas_in_order(self) -> ServingConfig:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"serving.min_replicas={self.min_replicas} is above serving.max_replicas={self.max_replicas}"
-            )
-        return self
-
-
-class StageResources(Section):
-    """On which machines a stage runs; never part of what it learns."""
-
-    num_workers: Positive = 1
-    use_gpu: bool = False
-    threads_per_worker: Annotated[int, Field(ge=0)] = Field(0, description="0 = cores / workers")
-    max_failures: Annotated[int, Field(ge=0)] = 2
-
-
-class ResourcesConfig(Section):
-    """One entry per Ray Train stage."""
-
-    # Its products are small and its samplers need the other cores: more threads only get in their way.
-    graph: StageResources = StageResources(threads_per_worker=1)
-    tokenizer: StageResources = StageResources()
-    llm: StageResources = StageResources()
-    diffusion: StageResources = StageResources()
-    baselines: StageResources = StageResources()
 
 
 class RunConfig(Section):

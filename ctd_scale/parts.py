@@ -16,7 +16,7 @@ import torch
 
 from ctd_scale import training
 from ctd_scale.artifacts import put_file
-from ctd_scale.config import StageResources
+from ctd_scale.config_resources import StageResources
 
 
 class PartMaker(Protocol):

@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ctd_scale import checkpoints
 from ctd_scale.artifacts import Run, write_text
-from ctd_scale.config import StageResources
+from ctd_scale.config_resources import StageResources
 
 OBJECT_STORE_BYTES = 512 * 1024**2
 EXPORT = "export"

@@ -42,8 +42,8 @@ def chosen_negatives(
     if kind == "uniform":
         return uniform
     if kind == "hard":
-        directions = F.normalize(vectors, dim=1)
-        nearness = torch.einsum("bd,bnd->bn", directions[targets], directions[uniform.to(vectors.device)])
+        near, far = (F.normalize(vectors[rows.to(vectors.device)], dim=-1) for rows in (targets, uniform))
+        nearness = torch.einsum("bd,bnd->bn", near, far)
         return uniform.gather(1, nearness.topk(count, dim=1).indices.to(uniform.device))
     if kind == "in_batch":
         drawn = targets[torch.randint(len(targets), uniform.shape, generator=generator)]

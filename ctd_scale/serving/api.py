@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from ctd_scale import __version__
-from ctd_scale.config import ServingConfig
+from ctd_scale.config_serving import ServingConfig
 from ctd_scale.serving.middleware import STAGES, BodyLimit, Observed, Record
 from ctd_scale.serving.schema import (
     MAX_CHARS,

@@ -20,7 +20,8 @@ from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from ctd_scale.artifacts import Run
-from ctd_scale.config import RunConfig, ServingConfig
+from ctd_scale.config import RunConfig
+from ctd_scale.config_serving import ServingConfig
 from ctd_scale.latency import described
 from ctd_scale.serving.deployments import App, Preference
 from ctd_scale.serving.release import Coordinator, Source, source_of

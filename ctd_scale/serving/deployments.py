@@ -27,7 +27,7 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from ctd_scale.config import ServingConfig
+from ctd_scale.config_serving import ServingConfig
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.recommender import Recommendation, excluded_items, load_preference, timed
 from ctd_scale.retrieval.boosts import Boosts

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from ctd_scale.config import ServingConfig
+from ctd_scale.config_serving import ServingConfig
 from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.schema import RecommendRequest, RequestError, UnknownItemError, UnknownUserError
