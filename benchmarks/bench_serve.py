@@ -26,7 +26,7 @@ from benchmarks.report import Case, parser, show, write
 from ctd_scale.artifacts import Run
 from ctd_scale.changes import delete, upsert
 from ctd_scale.config import RunConfig, validate_config
-from ctd_scale.pipeline import run_pipeline
+from ctd_scale.pipeline import run_with_inputs, stage_named
 from ctd_scale.serving.app import serve_run, shut_down
 from ctd_scale.serving.load import Load, measure_load
 
@@ -73,11 +73,17 @@ def settings(folder: Path, layers: int) -> RunConfig:
 def another(run: Run, config: RunConfig) -> Run:
     """The same run with another denoiser; what is the same in both lies on the disk once."""
     other = replace(run, name="other")
-    if not other.exists("metrics/manifest.json"):
+    if not other.exists("interactions/manifest.json"):
         shutil.copytree(run.root, other.root, copy_function=os.link, dirs_exist_ok=True)
         (other.root / "run.toml").unlink()  # a link, like all of it: writing it would write both
-        run_pipeline(other, config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"epochs": 3})}))
+    make(other, config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"epochs": 3})}))
     return other
+
+
+def make(run: Run, config: RunConfig) -> None:
+    """All that is served; nothing is evaluated."""
+    run.write_config(config)
+    run_with_inputs([stage_named("calibrate_ranking")], run, config)
 
 
 def load_cases(load: Load, what: str, in_process_ms: float) -> list[Case]:
@@ -96,16 +102,14 @@ def load_cases(load: Load, what: str, in_process_ms: float) -> list[Case]:
     rate = 1e3 / in_process_ms
     said = f"{what}, best rate"
     cases.append(Case("serve", said, "requests/s", best.per_second, rate, "in one process", best.per_second / rate))
+    before: dict[str, float] = {}
     for each in load.timeline:
-        replicas = ", ".join(f"{name} {int(count)}" for name, count in each.items() if name != "second")
-        cases.append(
-            Case(
-                "replicas",
-                f"{what}, at {each['second']:g} s: {replicas}",
-                "replicas",
-                sum(each.values()) - each["second"],
-            )
-        )
+        now = {name: count for name, count in each.items() if name != "second"}
+        if now != before:
+            replicas = ", ".join(f"{name} {int(count)}" for name, count in now.items())
+            said = f"{what}, from {each['second']:g} s: {replicas}"
+            cases.append(Case("replicas", said, "replicas", sum(now.values())))
+        before = now
     return cases
 
 
@@ -176,11 +180,10 @@ def main() -> None:
     if not (folder / "interactions.parquet").exists():
         make_files(options.data_dir, folder, items, users)
     config, run = settings(folder, layers), Run(str(folder), "run")
-    started = time.perf_counter()
-    run_pipeline(run, config)
-    cases = [Case("chain", f"{items:,} items, {users:,} users: all stages", "s", time.perf_counter() - started)]
+    make(run, config)
     other = another(run, config)
 
+    cases: list[Case] = []
     cached = measure_load(run, config, (1, 4, 16), seconds, 100, K, False, other, rest_s=2 * seconds)
     cases += load_cases(cached, f"{items:,} items, known preferences", cached.behind_preference_ms)
     cases += swap_cases(cached)

@@ -74,6 +74,8 @@ class InteractionLog:
     from the first on is the validation target, that from the second on the test target, and the history is all that
     is older than the cut. No model then learns from what happened after a target. Users whom training has not seen
     have no target.
+
+    With `withheld` these users alone have targets; in leave-one-out all that the others chose is training.
     """
 
     offsets: Int64[ndarray, "offsets"]
@@ -84,6 +86,8 @@ class InteractionLog:
     times: Int64[ndarray, "interactions"] | None = None
     # In the unit of `times`: where validation begins, and where test begins. None: leave-one-out.
     cuts: tuple[int, int] | None = None
+    # Users that have targets, ascending. None: all that can have one.
+    withheld: Int64[ndarray, "withheld"] | None = None
 
     @property
     def num_users(self) -> int:
@@ -97,15 +101,19 @@ class InteractionLog:
     def _places(self) -> Mapping[str, Int64[ndarray, "users"]]:
         """Within each user's sequence: how much is training, and where each split's target lies (-1: there is none)."""
         lengths = np.diff(self.offsets)
+        asked = np.ones(self.num_users, bool)
+        if self.withheld is not None:
+            asked[:] = False
+            asked[self.withheld] = True
         if self.cuts is None:
-            split = lengths >= MIN_SPLIT_LENGTH
+            split = asked & (lengths >= MIN_SPLIT_LENGTH)
             return {
                 "train": np.where(split, lengths - 2, lengths),
                 "validation": np.where(split, lengths - 2, -1),
                 "test": np.where(split, lengths - 1, -1),
             }
         validation, test = (self._older_than(cut) for cut in self.cuts)
-        seen = validation > 0
+        seen = asked & (validation > 0)
         return {
             "train": validation,
             "validation": np.where(seen & (validation < test), validation, -1),
@@ -159,6 +167,8 @@ class InteractionLog:
             np.save(folder / "times.npy", self.times)
         if self.cuts is not None:
             (folder / "cuts.json").write_text(json.dumps(self.cuts))
+        if self.withheld is not None:
+            np.save(folder / "withheld.npy", self.withheld)
         write_table(pa.table({"user_id": self.user_ids}), folder / "users.parquet")
         self.catalogue.save(folder)
 
@@ -171,6 +181,7 @@ class InteractionLog:
             catalogue=Catalogue.load(folder),
             times=np.load(times, mmap_mode="r") if (times := folder / "times.npy").exists() else None,
             cuts=tuple(json.loads(cuts.read_text())) if (cuts := folder / "cuts.json").exists() else None,
+            withheld=np.load(withheld) if (withheld := folder / "withheld.npy").exists() else None,
         )
 
 

@@ -24,6 +24,7 @@ from ctd_scale.cli_options import (
     SetOption,
     StorageOption,
     configured,
+    overriding,
 )
 from ctd_scale.config import RunConfig
 from ctd_scale.training import TrainingError, console
@@ -97,6 +98,42 @@ def train(
     run = Run(storage, name or Path(config).stem)
     run.write_config(settings)
     run_stage(stage_named(STAGE_ALIASES.get(stage, stage)), run, settings)
+
+
+@app.command()
+def tune(
+    stage: Annotated[str, typer.Argument(help="llm, diffusion, bpr_mf, sasrec, bsarec, text_only, tiger, ...")],
+    config: ConfigOption,
+    ranges: Annotated[
+        list[str] | None, typer.Option("--range", help="stage.key=low..high or stage.key=a,b,c; repeatable")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="how many settings are tried")] = 16,
+    concurrent: Annotated[int, typer.Option(help="how many at a time; each takes the stage's workers")] = 1,
+    least_epochs: Annotated[int, typer.Option(help="validations before a trial may be ended early")] = 1,
+    storage: StorageOption = "runs",
+    name: NameOption = "",
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    interactions: InteractionsOption = None,
+    items: ItemsOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Search a stage's settings on validation (Ray Tune, ASHA); the best become a config file."""
+    from ctd_scale.tuning import search, show_trials, write_best
+
+    chosen = overriding(overrides, dataset, data_dir, interactions, items)
+    run = Run(storage, name or Path(config).stem)
+    found = search(
+        stage, config, chosen, ranges or (), run, trials=trials, concurrent=concurrent, least_epochs=least_epochs
+    )
+    show_trials(found)
+    said = "".join(
+        f" {flag} {value}" for flag, given in (("--range", ranges), ("--set", overrides)) for value in given or ()
+    )
+    command = f"ctd tune {stage} --config {Path(config).stem}{said} --trials {trials} --least-epochs {least_epochs}"
+    folder = run.root / "tune" / stage
+    write_best(found, config, chosen, command, folder)
+    console.print(f"written: {folder}/best.toml, {folder}/trials.json", highlight=False, soft_wrap=True)
 
 
 @app.command()

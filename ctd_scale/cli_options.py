@@ -30,10 +30,21 @@ def configured(
     items: str | None,
 ) -> RunConfig:
     """The config file with the command line on top of it."""
+    return load_config(config, overriding(overrides, dataset, data_dir, interactions, items))
+
+
+def overriding(
+    overrides: Sequence[str] | None,
+    dataset: str | None,
+    data_dir: str | None,
+    interactions: str | None,
+    items: str | None,
+) -> list[str]:
+    """The options as `stage.key=value`; `--set` comes last, and wins."""
     sources = {"data_dir": data_dir, "interactions": interactions, "items": items}
     chosen = [f"interactions.{key}={json.dumps(value)}" for key, value in sources.items() if value is not None]
     if dataset is not None:
         chosen.append(f"interactions.dataset={dataset}")
     elif interactions is not None or items is not None:
         chosen.append("interactions.dataset=files")
-    return load_config(config, [*chosen, *(overrides or ())])
+    return [*chosen, *(overrides or ())]

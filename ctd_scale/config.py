@@ -58,6 +58,9 @@ class InteractionsConfig(Section):
     withheld_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         0.1, description="share of the interactions in each of validation and test, where split = global_time"
     )
+    withheld_users: Annotated[int, Field(ge=0)] = Field(
+        0, description="of how many users, drawn at random, items are withheld; the others train whole; 0 = all"
+    )
     max_bad_fraction: Fraction = 0.01
     max_title_chars: Positive = 512
 
@@ -142,6 +145,9 @@ class LLMConfig(Section):
         False, description="a known user's tokens first; a served history has no user, and so none: for study only"
     )
     epochs: Positive = 5
+    validation_users: Annotated[int, Field(ge=0)] = Field(
+        1000, description="whose validation items choose the epoch that is kept; 0 = keep the last"
+    )
     batch_tokens: Positive = Field(
         4096,
         description="about so many tokens per optimizer step, all workers together; the instruction is not counted",

@@ -81,7 +81,14 @@ STAGES = (
     Stage("prepare_interactions", _prepare, ("interactions",), (), ("interactions",)),
     Stage("train_graph", train_graph, ("graph",), ("interactions",), ("graph", "embeddings"), "graph"),
     Stage("train_tokenizer", _tokenizer, ("tokenizer",), ("embeddings",), ("models/tokenizer", "tokens"), "tokenizer"),
-    Stage("train_llm", train_llm, ("llm",), ("interactions", "embeddings", "tokens"), ("models/llm",), "llm"),
+    Stage(
+        "train_llm",
+        train_llm,
+        ("llm", "evaluation.mask_seen"),
+        ("interactions", "embeddings", "tokens"),
+        ("models/llm",),
+        "llm",
+    ),
     Stage(
         "export_preferences",
         export_preferences,
@@ -130,7 +137,8 @@ def _baseline(name: str) -> Stage:
     if name in DISCRETE:  # layers, history and precision are the LLM's
         sections = (*sections, "llm")
     if name in VARIANTS:
-        make, sections, inputs = partial(train_variant, name), ("llm",), ("interactions", "embeddings")
+        make, inputs = partial(train_variant, name), ("interactions", "embeddings")
+        sections = ("llm", "evaluation.mask_seen")
     return Stage(f"train_{name}", make, sections, inputs, (f"baselines/{name}",), name)
 
 

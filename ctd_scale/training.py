@@ -29,6 +29,7 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.callback import UserCallback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -41,6 +42,7 @@ EXPORT = "export"
 PROGRESS = "progress.json"
 USAGE = "usage.json"
 # Redirected output gets a width in which the tables fit.
+_told: list[UserCallback] = []
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -114,6 +116,7 @@ def run_training(
             storage_path=run.checkpoints,
             failure_config=FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=list(_told),
         ),
         datasets=dict(datasets or {}),
         # Every worker reads the dataset made for it, whole: the split is ours, so it is the same on every run.
@@ -132,6 +135,16 @@ def run_training(
     with result.checkpoint.as_directory() as folder:
         shutil.copytree(Path(folder) / EXPORT, target)
     return target
+
+
+@contextmanager
+def reporting_to(callback: UserCallback) -> Iterator[None]:
+    """Whatever is trained within tells this callback, too, what its workers report."""
+    _told.append(callback)
+    try:
+        yield
+    finally:
+        _told.remove(callback)
 
 
 def usage(run: Run, stage: str) -> dict[str, float]:
@@ -212,6 +225,11 @@ def report_checkpoint(metrics: Mapping[str, Any], write: Callable[[Path], None],
             checkpoints.seal(Path(folder), rank(), world_size() if every_rank else 1)
             checkpoint = Checkpoint.from_directory(folder)
         ray.train.report(dict(metrics), checkpoint=checkpoint)
+
+
+def report(metrics: Mapping[str, Any]) -> None:
+    """Tell the driver, without a checkpoint. Every rank must call this."""
+    ray.train.report(dict(metrics))
 
 
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,7 @@ from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.ranking import Scorer, rank_targets
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, FACTS = "model.safetensors", "facts.json"
 CHUNK_USERS = 512
 MAKERS: dict[str, Callable[[InteractionLog, RunConfig], Task]] = {
     "bpr_mf": matrix_factorization_task,
@@ -51,7 +52,7 @@ def train_baseline(name: str, run: Run, config: RunConfig, config_hash: str) -> 
         resources=config.resources.baselines,
     )
     inputs = {interactions.name: interactions.digest}
-    facts = training.usage(run, name)
+    facts = {**json.loads((export / FACTS).read_text()), **training.usage(run, name)}
     with run.publish(f"baselines/{name}", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         shutil.copy(export / WEIGHTS, folder / WEIGHTS)
 
@@ -115,6 +116,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
         torch.save({**state, **numbers}, folder / "state.pt")
         (folder / training.EXPORT).mkdir()
         save_file({key: value.contiguous().cpu() for key, value in best.items()}, folder / training.EXPORT / WEIGHTS)
+        facts = {"best_epoch": best_epoch, "validation_ndcg@10": round(best_ndcg, 6)}
+        (folder / training.EXPORT / FACTS).write_text(json.dumps(facts))
 
     parallel: nn.Module = DistributedDataParallel(model) if training.world_size() > 1 else model
     mine = slice(training.rank(), None, training.world_size())

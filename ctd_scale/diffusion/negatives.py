@@ -24,17 +24,22 @@ def uniform_negatives(
     return drawn + (drawn >= targets[:, None]).long()
 
 
+def popularity_sums(popularity: Int[Tensor, "items"]) -> Float[Tensor, "items"]:
+    """Running sums of the items' weights, `interactions^(3/4)`, in float64."""
+    return (popularity.double() ** POPULARITY_EXPONENT).cumsum(0)
+
+
 def chosen_negatives(
     kind: NegativeKind,
     targets: Int[Tensor, "batch"],
     count: int,
     vectors: Float[Tensor, "items cond_dim"],
-    popularity: Int[Tensor, "items"],
+    sums: Float[Tensor, "items"],
     generator: torch.Generator,
 ) -> Int[Tensor, "batch count"]:
     """Never the row's own target, for which a uniform one stands in:
 
-    popularity  in proportion to an item's interactions to the power of 3/4
+    popularity  in proportion to an item's interactions to the power of 3/4, whose running `sums` are given
     in_batch    the targets of other rows
     hard        those nearest to the target of `HARD_POOL` times as many uniform ones
     """
@@ -48,8 +53,7 @@ def chosen_negatives(
     if kind == "in_batch":
         drawn = targets[torch.randint(len(targets), uniform.shape, generator=generator)]
     else:
-        weights = popularity.double() ** POPULARITY_EXPONENT
         # By the inverse of the distribution function: multinomial takes no more than 2^24 items.
-        places = torch.rand(uniform.shape, generator=generator, dtype=torch.double) * weights.sum()
-        drawn = torch.searchsorted(weights.cumsum(0), places, right=True).clamp_max(len(vectors) - 1)
+        places = torch.rand(uniform.shape, generator=generator, dtype=torch.double) * sums[-1]
+        drawn = torch.searchsorted(sums, places, right=True).clamp_max(len(vectors) - 1)
     return torch.where(drawn == targets[:, None], uniform, drawn)

@@ -18,7 +18,7 @@ from ctd_scale.artifacts import Run
 from ctd_scale.batches import Preferences
 from ctd_scale.config import DiffusionConfig, RunConfig
 from ctd_scale.diffusion.denoiser import Denoiser
-from ctd_scale.diffusion.negatives import chosen_negatives, uniform_negatives
+from ctd_scale.diffusion.negatives import chosen_negatives, popularity_sums, uniform_negatives
 from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses, unit_variance
 
 WEIGHTS = "denoiser.safetensors"
@@ -58,7 +58,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     conditions = unit_variance(torch.tensor(data.vectors)).to(device)
     targets = torch.tensor(data.targets, dtype=torch.long)
     vectors = unit_variance(torch.tensor(np.load(arguments["vectors"]))).to(device)
-    popularity = torch.bincount(targets, minlength=len(vectors))
+    sums = popularity_sums(torch.bincount(targets, minlength=len(vectors)))
     alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type).to(device)
 
     model = Denoiser(vectors.shape[1], config.hidden_dim, config.num_blocks, config.dropout).to(device)
@@ -100,7 +100,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
         negatives = uniform_negatives(targets[rows], config.num_negatives, len(vectors), generator)
         if config.contrastive_negatives != "uniform":
             kind, count = config.contrastive_negatives, config.num_contrasted
-            negatives[:, :count] = chosen_negatives(kind, targets[rows], count, vectors, popularity, generator)
+            negatives[:, :count] = chosen_negatives(kind, targets[rows], count, vectors, sums, generator)
         mine = slice(training.rank(), None, training.world_size())
         torch.manual_seed(seed * 1_000_003 + step)  # dropout
         losses = diffusion_losses(

@@ -33,7 +33,7 @@ from ctd_scale.interactions.quarantine import (
 from ctd_scale.interactions.schema import ATTRIBUTE, DUPLICATE, BadInputError, attributes_of, clean_titles
 from ctd_scale.interactions.sequences import Sequences, build_sequences
 from ctd_scale.interactions.sources import RawSource, find_source, resolve_columns
-from ctd_scale.interactions.split import time_cuts
+from ctd_scale.interactions.split import time_cuts, withheld_users
 from ctd_scale.training import console, shown_progress, start_ray, write_progress
 
 
@@ -164,6 +164,8 @@ def _read(
                     "alone; give a timestamp column, or use 'leave_one_out'"
                 )
             log = replace(log, cuts=time_cuts(log.times, config.withheld_fraction))
+        if config.withheld_users:
+            log = replace(log, withheld=withheld_users(log, config.withheld_users))
         _require_targets(log)
     reasons = bad_items.reasons + bad_rows.reasons + repeated.reasons
     report = PrepareReport(

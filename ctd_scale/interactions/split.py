@@ -1,10 +1,12 @@
-"""Where a log is cut into training, validation and test, when the same times hold for all users."""
+"""Of whom items are withheld, and where a log is cut when the same times hold for all users."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
+
+from ctd_scale.batches import SPLITS, InteractionLog
 
 # The cut is made at one of so many equal steps between the first and the last time; of ten years one is 80 minutes.
 STEPS = 1 << 16
@@ -26,3 +28,12 @@ def time_cuts(times: Int64[ndarray, "interactions"], withheld: float) -> tuple[i
     older = np.concatenate([[0], np.cumsum(counts)])
     validation, test = (int(np.abs(older - (1 - parts * withheld) * len(times)).argmin()) for parts in (2, 1))
     return first + validation * width, first + test * width
+
+
+def withheld_users(log: InteractionLog, limit: int) -> Int64[ndarray, "withheld"]:
+    """At most `limit` of the users that have a target, the same ones whatever the seed of a run: ranks over the same
+    users can be compared."""
+    users = np.union1d(*(log.split_users(split) for split in SPLITS))
+    if len(users) <= limit:
+        return users
+    return np.sort(np.random.default_rng(0).choice(users, limit, replace=False))

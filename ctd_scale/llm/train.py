@@ -31,6 +31,7 @@ from ctd_scale.llm.descriptions import describe_items
 from ctd_scale.llm.model import VECTOR_SCALE, PreferenceLM, build_preference_lm
 from ctd_scale.llm.prompts import Prompts, make_prompts
 from ctd_scale.llm.tokens import load_item_tokens, token_source
+from ctd_scale.llm.validation import Best, validation_ndcg, validation_users
 from ctd_scale.llm.weights import BACKBONE, export_model
 from ctd_scale.llm.windows import Windows, pack, plan_steps, training_windows
 
@@ -60,6 +61,7 @@ def train_llm(run: Run, config: RunConfig, config_hash: str, target: str = "mode
         {
             "config": config.llm.model_dump(),
             "seed": config.seed,
+            "mask_seen": config.evaluation.mask_seen,
             "backbone": str(backbone),
             "interactions": str(interactions.path),
             "embeddings": str(embeddings.path),
@@ -103,6 +105,11 @@ class Plan:
     @property
     def total_steps(self) -> int:
         return sum(len(epoch.batches) for epoch in self.epochs)
+
+    @property
+    def epoch_ends(self) -> list[int]:
+        """After which step each epoch ends, counted from 1."""
+        return np.cumsum([len(epoch.batches) for epoch in self.epochs]).tolist()
 
     def step(self, step: int) -> tuple[Windows, np.ndarray]:
         """Windows of the epoch and the numbers of those in optimizer step `step` (0-based over all epochs)."""
@@ -203,7 +210,9 @@ def train_loop(arguments: dict[str, Any]) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
     factors = learning_rates(config, plan.total_steps)
-    step = 0
+    users = validation_users(log, config.validation_users, seed)
+    step, best = 0, Best()
+    validated: dict[str, torch.Tensor] = {}
     with training.latest_checkpoint(arguments) as folder, zero.opened(folder) as saved:
         engine, _, _, _ = deepspeed.initialize(
             model=model,
@@ -211,13 +220,15 @@ def train_loop(arguments: dict[str, Any]) -> None:
             lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factors),
             config=zero.deepspeed_config(config, dtype, universal=saved is not None and saved.universal),
         )
-        if saved is not None:
+        if folder is not None and saved is not None:
             zero.load(engine, saved)
-            step = saved.step
+            step, best = saved.step, Best.load(folder)
     engine.train()
 
     def write(folder: Path) -> None:
         zero.save(engine, folder, step)
+        if rank == 0:
+            best.save(folder)
 
     parts = workers * config.accumulation_steps
     steplog = training.StepLog(arguments["logs"], plan.total_steps)
@@ -258,20 +269,27 @@ def train_loop(arguments: dict[str, Any]) -> None:
             "text_loss": losses[1] / max(1, counts[1]),
             "temperature": engine.module.head.temperature.detach(),
         }
-        steplog.step(step, curves)
+        if step in plan.epoch_ends and len(users):
+            ndcg = validation_ndcg(engine, log, collator, users, config, mask_seen=arguments["mask_seen"])
+            if ndcg > best.ndcg:
+                best = Best.of(plan.epoch_ends.index(step) + 1, ndcg, engine.module)
+            training.report({"step": step, "ndcg": ndcg})
+            validated = {"validation_ndcg": torch.tensor(ndcg), "best_ndcg": torch.tensor(best.ndcg)}
+        steplog.step(step, curves | validated)
         if step % config.checkpoint_every_steps == 0 and step < plan.total_steps:
             training.report_checkpoint({"step": step}, write, every_rank=True)
 
-    state = zero.consolidate(engine.module)
+    if not len(users):  # nobody to choose by: the last
+        best = Best.of(config.epochs, Best.ndcg, engine.module)
 
     def write_final(folder: Path) -> None:
         write(folder)
         if rank == 0:
             target = folder / training.EXPORT
-            export_model(target, new_model(config, backbone, item_embeddings, seed, prompts), state, dtype)
+            export_model(target, new_model(config, backbone, item_embeddings, seed, prompts), best.weights, dtype)
             text_tokenizer.save_pretrained(target / BACKBONE)
             prompts.save(target, config.max_title_tokens)
-            (target / FACTS).write_text(json.dumps(plan.facts(parts)))
+            (target / FACTS).write_text(json.dumps({**plan.facts(parts), **best.facts()}))
 
     training.report_checkpoint({"step": step}, write_final, every_rank=True)
     steplog.close()

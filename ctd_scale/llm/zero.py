@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from ctd_scale import training
 from ctd_scale.config import LLMConfig
+from ctd_scale.llm.model import PreferenceHead
 
 TAG, PROGRESS = "state", "state.json"
 STALE_SECONDS = 900.0  # compiling takes one or two minutes
@@ -157,3 +158,11 @@ def consolidate(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             full = safe_get_full_fp32_param(parameter)
             state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
     return state
+
+
+def item_vectors(head: PreferenceHead) -> torch.Tensor:
+    """The vectors of all items, whole, on every rank (also under ZeRO 3); every rank must call this."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(head.parameters())):
+        return head.item_vectors().detach().clone()

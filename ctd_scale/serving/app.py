@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import ray
@@ -94,12 +96,11 @@ def swap(run: Run, config: RunConfig, url: str) -> str:
     Every replica loads it beside what it serves and then begins with it. The limits of `[serving]` stay those that the
     server was started with. Raises ArtifactError as `source_of` does, RuntimeError where it is not served in time.
     """
-    coordinator = serve.get_deployment_handle("Coordinator", APPLICATION)
-    source: Source = coordinator.publish.remote(source_of(run, config)).result(timeout_s=READY_TIMEOUT_S)
+    source = _ask_coordinator("publish", source_of(run, config))
     deadline = time.monotonic() + SWAP_TIMEOUT_S
     while (served := _served_version(url)) != source.version:
         # Its catalogue may have been changed meanwhile.
-        source = coordinator.current.remote(source).result(timeout_s=READY_TIMEOUT_S)
+        source = _ask_coordinator("current", source)
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"still serving version {served}; logs/serving of the run that was served first says why"
@@ -107,6 +108,24 @@ def swap(run: Run, config: RunConfig, url: str) -> str:
         time.sleep(0.2)
     _say_tuned(source)
     return source.version
+
+
+@cache
+def _asking() -> asyncio.AbstractEventLoop:
+    """Where this process asks its deployments. Where RAY_SERVE_THROUGHPUT_OPTIMIZED=1 a handle works within an event
+    loop only, and always in the one in which it was first used."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+def _ask_coordinator(method: str, source: Source) -> Source:
+    async def ask() -> Source:
+        handle = serve.get_deployment_handle("Coordinator", APPLICATION)
+        answer: Source = await getattr(handle, method).remote(source)
+        return answer
+
+    return asyncio.run_coroutine_threadsafe(ask(), _asking()).result(READY_TIMEOUT_S)
 
 
 def _say_tuned(source: Source) -> None:

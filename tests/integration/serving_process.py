@@ -44,10 +44,10 @@ class Server:
 
 
 @contextmanager
-def started(run: Path, *overrides: str) -> Iterator[Server]:
+def started(run: Path, *overrides: str, **environment: str) -> Iterator[Server]:
     """Serves a run from another folder than this one; ends the server, if nobody did, by SIGTERM."""
     ray_folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: socket paths are limited
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     limits = (f"serving.request_timeout_s={TIMEOUT_S}.0", f"serving.body_timeout_s={BODY_TIMEOUT_S}.0", *overrides)
     command = [*CTD, "serve", "--run", run.name, "--port", "0", *(word for each in limits for word in ("--set", each))]
     errors = Path(ray_folder) / "stderr"
@@ -55,7 +55,7 @@ def started(run: Path, *overrides: str) -> Iterator[Server]:
         process = subprocess.Popen(
             command,
             cwd=run.parent,
-            env=environment | {"RAY_TMPDIR": ray_folder},
+            env=inherited | environment | {"RAY_TMPDIR": ray_folder},
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

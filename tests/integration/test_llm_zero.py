@@ -21,7 +21,9 @@ from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.config import LLMConfig, RunConfig, validate_config
 from ctd_scale.llm import train, zero
+from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.llm.weights import BACKBONE, HEADS, load_vectors
+from ctd_scale.ranking import rank_targets
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -93,6 +95,19 @@ def test_it_learns_and_says_what_it_read(plain_run: Run, plain: Any, tiny_chain:
     assert 0 <= facts["padding_share"] < 0.5
 
 
+def test_the_epoch_that_ranks_validation_best_is_kept(plain_run: Run, backbone: Path, tiny_chain: Any) -> None:
+    facts, log = plain_run.fetch("models/llm").manifest["facts"], tiny_chain.log
+    assert facts["best_epoch"] < EPOCHS, "this training should overfit"
+    config = make_config(backbone).llm
+    model = PreferenceModel(plain_run.fetch("models/llm").path, tiny_chain.tokens, log.catalogue, config)
+    vectors = load_vectors(plain_run.fetch("models/llm").path)
+    directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    ranks = rank_targets(
+        log, lambda users, histories: model(histories) @ directions.T, "validation", mask_seen=True, chunk_users=7
+    )
+    assert facts["validation_ndcg@10"] == pytest.approx(ranks.gains().mean(), abs=1e-6)
+
+
 # -- variants, many on the same workers, because those take long to start --------------------------------------
 
 
@@ -162,6 +177,7 @@ ON_TWO = [
 ON_ONE = [
     Variant("one in three parts", {"accumulation_steps": 3}),
     Variant("one, ZeRO 0", {"zero_stage": 0}),
+    Variant("one, the last epoch", {"validation_users": 0}),
     Variant("one, activations forgotten", {"gradient_checkpointing": True}),
     *(Variant(f"two then one, ZeRO {stage}", at(stage), goes_on=f"two, killed, ZeRO {stage}/4") for stage in STAGES),
     *(Variant(f"one, killed, ZeRO {stage}", at(stage), killed_after=4) for stage in STAGES),
@@ -179,10 +195,11 @@ def folder(plain_run: Run, backbone: Path, tmp_path_factory: pytest.TempPathFact
     made = tmp_path_factory.mktemp("variants")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
     inputs = {name: str(plain_run.fetch(name).path) for name in ("interactions", "tokens", "embeddings")}
+    rest = {"folder": str(made), "backbone": str(backbone), "seed": 0, "mask_seen": True, **inputs}
     for number, (workers, variants) in enumerate(((2, ON_TWO), (1, ON_ONE), (2, ON_TWO_AGAIN))):
         training.run_training(
             several,
-            {"variants": variants, "folder": str(made), "backbone": str(backbone), "seed": 0, **inputs},
+            {"variants": variants, **rest},
             run=Run(str(made), "run"),
             stage="variants",
             key=str(number),
@@ -196,7 +213,10 @@ def exported(folder: Path, name: str) -> Path:
     return last / training.EXPORT
 
 
-@pytest.mark.parametrize("name", [each.name for each in FINISHED if each.changes.get("dtype") != "bfloat16"])
+OTHERWISE = ("two, half precision", "one, the last epoch")
+
+
+@pytest.mark.parametrize("name", [each.name for each in FINISHED if each.name not in OTHERWISE])
 def test_however_it_is_trained_it_learns_the_same(folder: Path, plain: Any, name: str) -> None:
     got = weights(exported(folder, name))
     assert got.keys() == plain.keys()
@@ -212,6 +232,12 @@ def test_what_was_killed_has_gone_on_from_where_it_was(folder: Path) -> None:
         elif each.goes_on:
             assert steps[0] == 6, "steps before the kill are not made again"
     assert json.loads((folder / "two, killed, ZeRO 2" / "4" / zero.PROGRESS).read_text()) == {"step": 4, "workers": 2}
+
+
+def test_without_users_to_validate_the_last_epoch_is_kept(folder: Path, plain: Any) -> None:
+    last = exported(folder, "one, the last epoch")
+    assert json.loads((last / train.FACTS).read_text())["best_epoch"] == EPOCHS
+    assert np.abs(weights(last)["head.vectors"] - plain["head.vectors"]).max() > 1e-2
 
 
 def near(vectors: np.ndarray, expected: np.ndarray) -> float:

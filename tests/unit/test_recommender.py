@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from small_pools import DRAWS, ITEMS, RANKINGS, USERS, errors_of, histories, pool_of, step, users
 
-from ctd_scale.batches import Catalogue, Ranking
-from ctd_scale.calibrate import ScoredPool, cheapest_as_good, choose_rankings, graph_unit, pool_gains, pool_ndcg
-from ctd_scale.config import RunConfig, load_config
-from ctd_scale.metrics import ranks_in_lists
+from ctd_scale.batches import Ranking
 from ctd_scale.recommender import (
-    Pool,
-    RetrieveStep,
     _union,
     answers,
     density_of_draws,
@@ -26,64 +21,6 @@ from ctd_scale.recommender import (
     fused_scores,
 )
 from ctd_scale.retrieval.boosts import Boosts
-from ctd_scale.retrieval.collaborative import CollaborativeRetriever, lift
-from ctd_scale.retrieval.dense import ExactIndex, unit_vectors
-from ctd_scale.retrieval.hybrid import HybridRetriever
-from ctd_scale.retrieval.text import TextIndex
-
-ITEMS, DIM, USERS, DRAWS = 60, 6, 4, 3
-RANKINGS = [
-    Ranking(1.0, 0.0, 0.0),
-    Ranking(0.0, 1.0, 0.0),
-    Ranking(0.0, 0.0, 1.0),
-    Ranking(0.0, 0.0, 0.0, graph=1.0),
-    Ranking(1.0, 0.5, 0.75, pi=0.2, graph=0.6),
-]
-NAMES = [f"Word{item} Thing" for item in range(ITEMS)]
-
-
-def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
-    drawn = random.standard_normal(shape).astype(np.float32)
-    return unit_vectors(drawn.reshape(-1, shape[-1])).reshape(shape)
-
-
-def step(seed: int = 0, candidates: int = 9, text: bool = True) -> RetrieveStep:
-    vectors = unit(np.random.default_rng((seed, 1)), ITEMS, DIM)
-    index = TextIndex.build(Catalogue([str(item) for item in range(ITEMS)], NAMES, [""] * ITEMS)) if text else None
-    config = load_config(overrides=[f"diffusion.error_candidates={candidates}", "retrieval.text_candidates=5"])
-    return RetrieveStep(HybridRetriever(vectors, ExactIndex(vectors), index, pi=0.0), graph(seed), config)
-
-
-def graph(seed: int) -> CollaborativeRetriever:
-    embeddings = np.random.default_rng((seed, 4)).standard_normal((ITEMS, DIM - 1)).astype(np.float32)
-    lifted = lift(embeddings)
-    return CollaborativeRetriever(embeddings, HybridRetriever(lifted, ExactIndex(lifted), None, pi=0.0))
-
-
-def histories(seed: int) -> list[np.ndarray]:
-    random = np.random.default_rng((seed, 5))
-    return [random.integers(0, ITEMS, count).astype(np.int32) for count in (1, 2, 5, 30)]
-
-
-def pool_of(retrieve: RetrieveStep, seed: int, texts: list[str], rows: slice = slice(None)) -> Pool:
-    preferences, draws, excluded = users(seed)
-    return retrieve.pool(
-        preferences[rows], texts[rows], excluded[rows], draws=draws[rows], histories=histories(seed)[rows]
-    )
-
-
-def users(seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Preferences, draws and excluded items; the first user may see everything."""
-    random = np.random.default_rng((seed, 2))
-    excluded = [random.choice(ITEMS, int(count), replace=False) for count in (0, 1, 10, 40)]
-    return unit(random, USERS, DIM), unit(random, USERS, DRAWS, DIM), [ids.astype(np.int32) for ids in excluded]
-
-
-def errors_of(pool: Pool, seed: int) -> np.ndarray:
-    """Whatever a denoiser might say; a function of the item."""
-    table = np.random.default_rng((seed, 3)).random((len(pool.ids), ITEMS)).astype(np.float32)
-    return np.take_along_axis(table, np.maximum(pool.ids, 0), axis=1)
-
 
 # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -363,72 +300,3 @@ def test_a_boost_never_lowers_and_its_opposite_never_raises(
         if item in plain:
             assert higher.index(item) <= plain.index(item)
             assert lower.index(item) >= plain.index(item)
-
-
-# -- calibration ---------------------------------------------------------------------------------------------
-
-
-def scored(seed: int, texts: list[str], targets: list[int]) -> ScoredPool:
-    retrieve = step(seed)
-    _, draws, _ = users(seed)
-    pool = pool_of(retrieve, seed, texts)
-    return ScoredPool(pool, errors_of(pool, seed), draws, np.arange(USERS), np.array(targets), texts)
-
-
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_calibration_measures_the_list_that_is_served(ranking: Ranking) -> None:
-    pools = [scored(seed, ["", "word3", "word8", "word20"], [5, 3, 8, 30]) for seed in range(6)]
-    gains: list[Any] = []
-    for seed, each in enumerate(pools):
-        ids, _ = step(seed).rank(each.pool, each.errors, ranking, 10)
-        ranks = ranks_in_lists(ids, each.targets)
-        gains.append(np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0))
-    assert pool_ndcg(pools, ranking) == pytest.approx(float(np.concatenate(gains).mean()))
-    assert pool_ndcg(pools, ranking) > 0
-
-
-def known_pools(kind: str) -> list[ScoredPool]:
-    """Targets that only one term knows: the item with the least error, or the nearest to the preference or draws."""
-    found = []
-    for seed in range(8):
-        each = scored(seed, [""] * USERS, [0] * USERS)
-        terms = {
-            "preference": each.pool.cosines,
-            "graph": each.pool.graph_scores,
-            "draws": each.pool.draw_scores,
-            "error": -each.errors,
-        }
-        known = np.where(each.pool.ids >= 0, terms[kind], -np.inf).argmax(axis=1)
-        found.append(replace(each, targets=each.pool.ids[np.arange(USERS), known]))
-    return found
-
-
-def test_calibration_finds_the_planted_weight() -> None:
-    rankings, ndcg = choose_rankings(known_pools("error"), RunConfig())
-    assert rankings["fused_error"] == Ranking(1.0, 0.0, 4.0)
-    assert rankings["full"].error == 4.0, "the largest weight on offer"
-    assert rankings["error"] == Ranking(0.0, 0.0, 1.0)
-    assert ndcg["error"] == 1
-    assert ndcg["full"] > ndcg["fused_draws"] >= ndcg["preference"]
-    rankings, ndcg = choose_rankings(known_pools("draws"), RunConfig())
-    assert rankings["fused_draws"] == Ranking(1.0, 4.0, 0.0)
-    assert rankings["full"].draws == 4.0
-    pools = known_pools("graph")
-    rankings, ndcg = choose_rankings(pools, RunConfig())
-    assert rankings["fused_graph"] == Ranking(1.0, 0.0, 0.0, graph=4.0 * graph_unit(pools))
-    assert rankings["full"] == rankings["fused_graph"], "nothing that costs more is better"
-    assert ndcg["graph"] == 1
-    rankings, ndcg = choose_rankings(known_pools("preference"), RunConfig())
-    assert ndcg["preference"] == 1
-    assert rankings["full_text"] == Ranking(1.0, 0.0, 0.0, pi=0.0), "of equals, the smallest weights"
-
-
-def test_what_is_within_one_standard_error_is_not_paid_for() -> None:
-    pools = known_pools("error")
-    rankings = [Ranking(1.0, 0.0, weight) for weight in (0.0, 1.0, 4.0, 16.0, 64.0, 65.0)]
-    gains = np.stack([pool_gains(pools, ranking) for ranking in rankings])
-    best = gains[gains.mean(axis=1).argmax()]
-    error = (best - gains).std(axis=1) / np.sqrt(gains.shape[1])
-    (close,) = np.nonzero((best - gains).mean(axis=1) <= error)
-    assert 0 < close[0] < 5, "neither the cheapest nor the best"
-    assert cheapest_as_good(pools, rankings) == rankings[close[0]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctd_scale.diffusion.negatives import HARD_POOL, chosen_negatives, uniform_negatives
+from ctd_scale.diffusion.negatives import HARD_POOL, chosen_negatives, popularity_sums, uniform_negatives
 
 ITEMS, BATCH, COUNT = 12, 4000, 3
 
@@ -24,7 +24,9 @@ def given() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def drawn(kind: Any, given: Any, seed: int = 0) -> torch.Tensor:
     targets, vectors, popularity = given
-    return chosen_negatives(kind, targets, COUNT, vectors, popularity, torch.Generator().manual_seed(seed))
+    return chosen_negatives(
+        kind, targets, COUNT, vectors, popularity_sums(popularity), torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity", "in_batch", "hard"])

@@ -1,7 +1,8 @@
-"""The split at two times that are the same for all users."""
+"""The split at two times that are the same for all users, and targets of some users alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from ctd_scale.batches import SPLITS, Catalogue, InteractionLog
 from ctd_scale.interactions import split
-from ctd_scale.interactions.split import time_cuts
+from ctd_scale.interactions.split import time_cuts, withheld_users
 
 USERS, ITEMS = 40, 15
 
@@ -53,8 +54,27 @@ def test_every_part_is_what_a_plain_filter_gives() -> None:
 
 
 @pytest.mark.parametrize("cuts", [None, (700, 850)])
+def test_of_some_users_nothing_is_withheld(cuts: tuple[int, int] | None) -> None:
+    whole = random_log(cuts)
+    log = replace(whole, withheld=withheld_users(whole, 9))
+    assert log.withheld is not None
+    chosen = set(log.withheld.tolist())
+    assert len(chosen) == 9
+    for name in SPLITS:
+        assert set(log.split_users(name).tolist()) == chosen & set(whole.split_users(name).tolist())
+        for user in log.split_users(name).tolist():
+            assert log.history(user, name).tolist() == whole.history(user, name).tolist()
+    for user in range(USERS):
+        training = whole.full_history(user) if cuts is None and user not in chosen else whole.train_sequence(user)
+        assert log.train_sequence(user).tolist() == training.tolist()
+    assert withheld_users(whole, USERS).tolist() == sorted(
+        {user for name in SPLITS for user in whole.split_users(name).tolist()}
+    )
+
+
+@pytest.mark.parametrize("cuts", [None, (700, 850)])
 def test_a_saved_log_is_split_alike(cuts: tuple[int, int] | None, tmp_path: Path) -> None:
-    log = random_log(cuts)
+    log = replace(random_log(cuts), withheld=withheld_users(random_log(cuts), 9))
     log.save(tmp_path)
     loaded = InteractionLog.load(tmp_path)
     assert loaded.cuts == cuts

@@ -1,0 +1,249 @@
+"""`ctd tune`: search the settings of one stage on validation, with Ray Tune.
+
+What the stage reads is made once, in the run itself. Every trial trains the stage in a run of its own, whose inputs are
+links to these, and says validation NDCG@10 after every epoch that was ranked; ASHA (Li et al., 2020) ends those that
+lag behind the others at the same epoch. A trial's files are removed when it ends: the settings are what is looked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search import BasicVariantGenerator
+from rich.table import Table
+
+from ctd_scale import training
+from ctd_scale.artifacts import Run, write_text
+from ctd_scale.config import ConfigError, RunConfig, load_config, resolve_config
+from ctd_scale.environment import machine, versions
+from ctd_scale.pipeline import BASELINES, STAGES, Stage, run_stage, run_with_inputs, stage_hash, stage_named
+
+METRIC = "ndcg"
+# Trials of the denoiser are ranked by preference, draws and error together, which is what it is for.
+DENSITY = "fused_both"
+AFTER_DIFFUSION = ("train_diffusion", "build_index", "calibrate_ranking")
+_BETWEEN = re.compile(r"([^.].*?)\.\.(.+)")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One choice of settings: NDCG@10 after each validation, the best of them, and how it ended."""
+
+    settings: dict[str, Any]
+    validated: list[float]
+    ndcg: float
+    seconds: float
+    stopped_early: bool
+    error: str
+
+
+def read_range(text: str) -> tuple[str, Any]:
+    """`stage.key=low..high` (log-uniform where both are above 0, whole numbers where both are) or `stage.key=a,b,c`, in
+    Ray Tune's words. Raises ConfigError naming what was expected."""
+    key, separator, values = text.partition("=")
+    if not separator or not key or not values:
+        raise ConfigError(f"--range {text}: expected stage.key=low..high or stage.key=a,b,c")
+    between = _BETWEEN.fullmatch(values)
+    if between is None:
+        return key, tune.choice(values.split(","))
+    try:
+        low, high = (json.loads(end) for end in between.groups())
+        if not low < high:
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ConfigError(f"--range {text}: expected two numbers low..high, the lower first") from None
+    if isinstance(low, int) and isinstance(high, int):
+        return key, tune.randint(low, high + 1)
+    return key, tune.loguniform(low, high) if low > 0 else tune.uniform(low, high)
+
+
+def overrides_of(settings: Mapping[str, Any]) -> list[str]:
+    """The settings of a trial as `stage.key=value`; numbers are rounded to four digits, so that what is written down
+    is what was trained."""
+    return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()]
+
+
+def search(
+    stage_name: str,
+    config: str,
+    overrides: Sequence[str],
+    ranges: Sequence[str],
+    run: Run,
+    *,
+    trials: int,
+    concurrent: int,
+    least_epochs: int,
+) -> list[Trial]:
+    """Train so many trials, `concurrent` at a time, none ended before `least_epochs` validations; best first.
+
+    Goes on where it was interrupted. Raises ConfigError: a stage that is not ranked on validation, a key or range that
+    does not exist, a storage that is not a folder; TrainingError where every trial failed.
+    """
+    stages = _stages(stage_named(stage_name))
+    if not run.is_local:
+        raise ConfigError(
+            f"{run.url}: trials link the run's files, so --storage must be a folder (shared by all nodes)"
+        )
+    if not ranges:
+        raise ConfigError("nothing to search: give --range stage.key=low..high or stage.key=a,b,c, once or more")
+    space = dict(map(read_range, ranges))
+    settings = load_config(config, overrides)
+    for _ in range(20):  # a key that does not exist, or a value out of bounds, is an error now and not in an hour
+        load_config(config, [*overrides, *overrides_of({key: each.sample() for key, each in space.items()})])
+    run.write_config(settings)
+    _make_inputs(stages, run, settings)
+    training.start_ray()
+    # Another search, which has another name, begins where anything that a trial depends on is another.
+    asked = [stage_hash(stages[0], run, settings), *sorted(ranges), trials, least_epochs]
+    name = f"{stages[0].name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}"
+    folder = run.root / "tune" / name
+    arguments = {
+        "stages": [stage.name for stage in stages],
+        "config": str(resolve_config(config)),
+        "overrides": list(overrides),
+        "storage": str(run.root.parent),
+        "name": run.name,
+        "trials": str(folder / "runs"),
+    }
+    trainable = tune.with_resources(tune.with_parameters(_trial, arguments=arguments), {"CPU": 0.1})
+    if tune.Tuner.can_restore(str(folder)):
+        tuner = tune.Tuner.restore(str(folder), trainable, restart_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                num_samples=trials,
+                search_alg=BasicVariantGenerator(random_state=settings.seed, max_concurrent=concurrent),
+                scheduler=AsyncHyperBandScheduler(max_t=1_000_000, grace_period=least_epochs, reduction_factor=3),
+            ),
+            run_config=tune.RunConfig(
+                name=name, storage_path=str(folder.parent), callbacks=[_Teller(folder / "runs")], verbose=0
+            ),
+        )
+    done = [_trial_of(result) for result in tuner.fit()]
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    if all(trial.error for trial in done):
+        raise training.TrainingError(f"every trial failed; the first one: {done[0].error}")
+    return sorted(done, key=lambda trial: -trial.ndcg if not trial.error else math.inf)
+
+
+def write_best(trials: Sequence[Trial], config: str, overrides: Sequence[str], command: str, folder: Path) -> None:
+    """`best.toml`, to be given as --config, and `trials.json` with all that was measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    best = trials[0]
+    chosen = load_config(config, [*overrides, *overrides_of(best.settings)])
+    values = chosen.model_dump(mode="json", exclude_unset=True)
+    said = f"# Validation NDCG@10 {best.ndcg:.4f}, the best of {len(trials)} trials: {command}\n"
+    write_text(folder / "best.toml", said + tomli_w.dumps(values))
+    record = {"command": command, "machine": machine(), "versions": versions(), "trials": list(map(asdict, trials))}
+    write_text(folder / "trials.json", json.dumps(record, indent=1) + "\n")
+
+
+def show_trials(trials: Sequence[Trial]) -> None:
+    """A table, best first."""
+    table = Table()
+    for head in ("NDCG@10", "settings", "validations", "s", ""):
+        table.add_column(head)
+    for trial in trials:
+        end = trial.error.splitlines()[-1][:60] if trial.error else "ended early" if trial.stopped_early else ""
+        said = " ".join(overrides_of(trial.settings))
+        table.add_row(f"{trial.ndcg:.4f}", said, str(len(trial.validated)), f"{trial.seconds:.0f}", end)
+    training.console.print(table)
+
+
+def _stages(stage: Stage) -> list[Stage]:
+    """What a trial runs. Raises ConfigError where it would not be ranked on validation."""
+    tuned = {"train_llm": ["train_llm"], "train_diffusion": list(AFTER_DIFFUSION)}
+    tuned |= {each.name: [each.name] for each in BASELINES}
+    if stage.name not in tuned:
+        names = ", ".join(name.removeprefix("train_") for name in tuned)
+        raise ConfigError(f"{stage.name} is not ranked on validation by itself; what can be tuned: {names}")
+    return [stage_named(name) for name in tuned[stage.name]]
+
+
+def _make_inputs(stages: Sequence[Stage], run: Run, config: RunConfig) -> None:
+    """Make all that these stages read and do not make themselves."""
+    made = {name for stage in stages for name in stage.outputs}
+    needed = {name for stage in stages for name in stage.inputs} - made
+    run_with_inputs([maker for maker in (*STAGES, *BASELINES) if needed & set(maker.outputs)], run, config)
+
+
+def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """One trial, in a process of its own."""
+    chosen = overrides_of(settings)
+    config = load_config(arguments["config"], [*arguments["overrides"], *chosen])
+    base = Run(arguments["storage"], arguments["name"])
+    own = Run(arguments["trials"], _name(settings))
+    stages = [stage_named(name) for name in arguments["stages"]]
+    made = {name for stage in stages for name in stage.outputs}
+    for name in {name for stage in stages for name in stage.inputs} - made:
+        if not own.exists(name):
+            shutil.copytree(base.root / name, own.root / name, copy_function=os.link)
+    own.write_config(config)
+    with training.reporting_to(_EveryValidation()):
+        for stage in stages:
+            run_stage(stage, own, config)
+    found = own.fetch(stages[-1].outputs[0], verify=False).manifest["facts"]["validation_ndcg@10"]
+    tune.report({METRIC: found[DENSITY] if isinstance(found, dict) else found, "finished": True})
+
+
+def _trial_of(result: Any) -> Trial:
+    rows = result.metrics_dataframe
+    if rows is None:
+        return Trial(dict(result.config), [], 0.0, 0.0, False, str(result.error))
+    finished = bool(rows["finished"].iloc[-1])
+    return Trial(
+        settings=dict(result.config),
+        validated=[round(float(value), 6) for value in rows[METRIC][~rows["finished"].astype(bool)]],
+        ndcg=round(float(rows[METRIC].max()), 6),
+        seconds=round(float(rows["time_total_s"].iloc[-1]), 1),
+        stopped_early=not finished and result.error is None,
+        error="" if result.error is None else str(result.error),
+    )
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(" ".join(overrides_of(settings)).encode()).hexdigest()[:12]
+
+
+class _EveryValidation(TuneReportCallback):  # type: ignore[misc]  # untyped
+    """Passes on what a training reports after a validation, and nothing else."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if METRIC in metrics[0]:
+            super().after_report(run_context, [{METRIC: metrics[0][METRIC], "finished": False}], None)
+
+
+class _Teller(tune.Callback):  # type: ignore[misc]  # untyped
+    """Says how the trials go, and removes the files of each that ends."""
+
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        number = trials.index(trial) + 1
+        training.console.print(
+            f"  trial {number}: NDCG@10 {result[METRIC]:.4f} after validation {result['training_iteration']}  "
+            f"[dim]{' '.join(overrides_of(trial.config))}[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        shutil.rmtree(self.runs / _name(trial.config), ignore_errors=True)

@@ -1,0 +1,95 @@
+"""`ctd tune` on a planted truth: finds the settings that learn it, ends the others early, goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ctd_scale.artifacts import Run
+from ctd_scale.cli import main
+from ctd_scale.config import load_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+# Of these two rates the seed draws the good one first, beside which the other has to end early.
+RANGE = "baselines.sasrec.learning_rate=1e-6,0.01"
+CONFIG = """
+seed = 2
+[interactions]
+dataset = "files"
+min_user_interactions = 5
+min_item_interactions = 1
+[baselines.sasrec]
+embed_dim = 16
+num_blocks = 1
+dropout = 0.1
+max_history = 8
+epochs = 20
+validate_every = 5
+batch_size = 32
+[resources.baselines]
+threads_per_worker = 1
+max_failures = 0
+"""
+
+
+def circles(folder: Path) -> Path:
+    """Users go round one of two circles of ten items: what comes next is certain."""
+    users = np.repeat(np.arange(60), 8)
+    places = np.tile(np.arange(8), 60)
+    items = 2 * ((users // 2 + places) % 10) + users % 2
+    table = {"user_id": [f"u{user}" for user in users], "item_id": [f"i{item}" for item in items], "position": places}
+    pq.write_table(pa.table(table), folder / "interactions.parquet")
+    names = {"item_id": [f"i{item}" for item in range(20)], "title": [f"item {item}" for item in range(20)]}
+    pq.write_table(pa.table(names), folder / "items.parquet")
+    file = folder / "circles.toml"
+    file.write_text(CONFIG)
+    return file
+
+
+def test_the_settings_that_learn_are_found_and_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = circles(tmp_path)
+    options = ["--config", str(config), "--storage", str(tmp_path / "runs")]
+    options += ["--interactions", str(tmp_path / "interactions.parquet"), "--items", str(tmp_path / "items.parquet")]
+    asked = ["tune", "sasrec", *options, "--range", RANGE, "--trials", "2"]
+    with pytest.raises(SystemExit) as ended:
+        main(asked)
+    first = capsys.readouterr()
+    assert ended.value.code == 0, first.err
+    folder = tmp_path / "runs" / "circles" / "tune" / "sasrec"
+    trials = json.loads((folder / "trials.json").read_text())["trials"]
+    assert len(trials) == 2
+    assert not any(trial["error"] for trial in trials)
+    best, other = trials
+    assert best["settings"] == {"baselines.sasrec.learning_rate": "0.01"}
+    assert best["ndcg"] > 0.9
+    assert best["ndcg"] == max(best["validated"])
+    assert len(best["validated"]) == 4
+    assert not best["stopped_early"]
+    assert other["ndcg"] < 0.5
+    assert other["stopped_early"]
+    assert len(other["validated"]) == 1
+    assert not list(folder.parent.glob("*/runs")), "models of trials are not kept"
+
+    # The same settings, trained by themselves, reach what the trial said.
+    chosen = folder / "best.toml"
+    assert load_config(chosen).baselines.sasrec.learning_rate == 0.01
+    with pytest.raises(SystemExit):
+        main(["train", "sasrec", "--config", str(chosen), "--storage", str(tmp_path / "runs"), "--name", "circles"])
+    made = Run.open(tmp_path / "runs" / "circles").fetch("baselines/sasrec")
+    assert made.manifest["facts"]["validation_ndcg@10"] == best["ndcg"]
+    capsys.readouterr()
+
+    # Asked again, nothing is trained again.
+    with pytest.raises(SystemExit):
+        main(asked)
+    assert "after validation" not in capsys.readouterr().out
+    again = json.loads((folder / "trials.json").read_text())["trials"]
+    assert [(trial["settings"], trial["ndcg"]) for trial in again] == [
+        (trial["settings"], trial["ndcg"]) for trial in trials
+    ]

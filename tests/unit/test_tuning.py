@@ -1,0 +1,64 @@
+"""What `ctd tune` understands, before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ray.tune.search.sample import Categorical, Float, Integer
+
+from ctd_scale.artifacts import Run
+from ctd_scale.config import ConfigError
+from ctd_scale.tuning import overrides_of, read_range, search
+
+
+def test_ranges_in_words() -> None:
+    key, rate = read_range("llm.learning_rate=1e-4..1e-2")
+    assert key == "llm.learning_rate"
+    assert isinstance(rate, Float)
+    drawn = np.array([rate.sample() for _ in range(400)])
+    assert drawn.min() >= 1e-4
+    assert drawn.max() <= 1e-2
+    assert 0.4 < (drawn < 1e-3).mean() < 0.6, "as many below the middle of the logarithm as above"
+    _, weight = read_range("diffusion.contrastive_weight=0..1.5")
+    assert {weight.sample() < 0.75 for _ in range(50)} == {True, False}
+    _, layers = read_range("llm.num_hidden_layers=2..4")
+    assert isinstance(layers, Integer)
+    assert {layers.sample() for _ in range(100)} == {2, 3, 4}
+    _, kind = read_range("llm.item_vectors=learned,joined")
+    assert isinstance(kind, Categorical)
+    assert {kind.sample() for _ in range(50)} == {"learned", "joined"}
+
+
+def test_what_is_written_down_is_what_was_trained() -> None:
+    settings = {"llm.learning_rate": 0.000123456789, "llm.epochs": 3, "llm.item_vectors": "joined"}
+    assert overrides_of(settings) == ["llm.learning_rate=0.0001235", "llm.epochs=3", "llm.item_vectors=joined"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranges", "expected"),
+    [
+        ("llm", ["llm.epochs"], r"--range llm\.epochs: expected stage\.key=low\.\.high"),
+        ("llm", ["llm.epochs=9..2"], "the lower first"),
+        ("llm", ["llm.epochs=few..many"], "expected two numbers"),
+        ("llm", ["llm.rate=1..2"], r"llm\.rate: unknown key"),
+        ("llm", ["llm.head_dropout=0.5..1.5"], r"llm\.head_dropout: Input should be less than or equal to 1"),
+        ("llm", [], "nothing to search"),
+        ("tokenizer", ["tokenizer.mask_ratio=0..1"], "not ranked on validation by itself; what can be tuned: llm, dif"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(
+    tmp_path: Path, stage: str, ranges: list[str], expected: str
+) -> None:
+    run = Run(str(tmp_path), "run")
+    with pytest.raises(ConfigError, match=expected):
+        search(stage, "debug", [], ranges, run, trials=1, concurrent=1, least_epochs=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_storage_that_cannot_be_linked_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--storage must be a folder"):
+        search(
+            "llm", "debug", [], ["llm.epochs=1..2"], Run("memory://runs", "run"), trials=1, concurrent=1, least_epochs=1
+        )
