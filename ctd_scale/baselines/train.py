@@ -144,7 +144,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             if ndcg > best_ndcg:
                 best, best_ndcg, best_epoch = learned(model), ndcg, epoch
             training.report_checkpoint({"epoch": epoch, "ndcg": ndcg}, write)
-    training.report_checkpoint({"epoch": epoch, "ndcg": best_ndcg}, write)
+    training.report_checkpoint({"epoch": epoch}, write)
     steplog.close()
 
 
