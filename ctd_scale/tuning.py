@@ -34,7 +34,7 @@ from ctd_scale.pipeline import BASELINES, STAGES, Stage, run_stage, run_with_inp
 METRIC = "ndcg"
 # Trials of the denoiser are ranked by preference, draws and error together, which is what it is for.
 DENSITY = "fused_both"
-AFTER_DIFFUSION = ("train_diffusion", "build_index", "calibrate_ranking")
+AFTER_DIFFUSION = ("train_diffusion", "calibrate_ranking")
 _BETWEEN = re.compile(r"([^.].*?)\.\.(.+)")
 
 
@@ -136,6 +136,7 @@ def search(
                 name=name, storage_path=str(folder.parent), callbacks=[_Teller(folder / "runs")], verbose=0
             ),
         )
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it Ctrl-C would end the search as if it were complete
     done = [_trial_of(result) for result in tuner.fit()]
     shutil.rmtree(folder / "runs", ignore_errors=True)
     if all(trial.error for trial in done):

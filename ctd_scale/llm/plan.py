@@ -44,7 +44,10 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
     prefixes = scale * float((exported.lengths - exported.firsts).sum())
     histories = sum(len(log.split_users(split)) for split in SPLITS)
     typical = max(1, round(float(trained.lengths.mean())) if len(trained) else 1)
-    read_in_export = scale * float((block * exported.lengths).sum()) + histories * block * typical
+    per_history = block * max(1.0, float(np.minimum(lengths, settings.max_history).mean()))
+    validated = min(settings.validation_users, len(log.split_users("validation")))
+    read_in_validation = settings.epochs * validated * per_history
+    read_in_export = scale * float((block * exported.lengths).sum()) + histories * per_history
 
     catalogue = min(log.num_items, settings.full_softmax_limit)
     vectors = np.random.default_rng(0).standard_normal((catalogue, settings.preference_dim)).astype(np.float32)
@@ -75,7 +78,7 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
     return (
         Estimate(
             "train_llm",
-            steps * stepping,
+            steps * stepping + read_in_validation * reading,
             memory + 8.0 * trainable,  # fp32 master weights beside what was measured
             4.0 * weights + 2 * 16.0 * trainable,
             f"{steps:,.0f} steps of {stepping:.2f} s, {read_in_training:,.0f} tokens an epoch",
