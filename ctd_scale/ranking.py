@@ -72,6 +72,14 @@ def rank_targets(
     return Ranks(np.concatenate(ranks), np.concatenate(top), time.perf_counter() - started)
 
 
+def validation_users(log: InteractionLog, limit: int, seed: int) -> Int64[ndarray, "users"]:
+    """All users with a validation item, or `limit` of them at random: who chooses between epochs."""
+    users = log.split_users("validation")
+    if len(users) <= limit:
+        return users
+    return np.sort(np.random.default_rng((seed, 43)).choice(users, limit, replace=False))
+
+
 def counted_ranks(
     vectors: Float32[ndarray, "items dim"],
     queries: Float32[ndarray, "users dim"],

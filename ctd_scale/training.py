@@ -41,8 +41,9 @@ OBJECT_STORE_BYTES = 512 * 1024**2
 EXPORT = "export"
 PROGRESS = "progress.json"
 USAGE = "usage.json"
-# Redirected output gets a width in which the tables fit.
+# Who is told, besides, what workers report (`reporting_to`).
 _told: list[UserCallback] = []
+# Redirected output gets a width in which the tables fit.
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 

@@ -190,7 +190,7 @@ def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
     chosen = overrides_of(settings)
     config = load_config(arguments["config"], [*arguments["overrides"], *chosen])
     base = Run(arguments["storage"], arguments["name"])
-    own = Run(arguments["trials"], _name(settings))
+    own = Run(arguments["trials"], tune.get_context().get_trial_id())  # settings may be drawn twice
     stages = [stage_named(name) for name in arguments["stages"]]
     made = {name for stage in stages for name in stage.outputs}
     for name in {name for stage in stages for name in stage.inputs} - made:
@@ -219,10 +219,6 @@ def _trial_of(result: Any) -> Trial:
     )
 
 
-def _name(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(" ".join(overrides_of(settings)).encode()).hexdigest()[:12]
-
-
 class _EveryValidation(TuneReportCallback):  # type: ignore[misc]  # untyped
     """Passes on what a training reports after a validation, and nothing else."""
 
@@ -247,4 +243,4 @@ class _Teller(tune.Callback):  # type: ignore[misc]  # untyped
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        shutil.rmtree(self.runs / _name(trial.config), ignore_errors=True)
+        shutil.rmtree(self.runs / trial.trial_id, ignore_errors=True)

@@ -25,7 +25,7 @@ from ctd_scale.baselines.sequential import sequential_task
 from ctd_scale.baselines.task import Task
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
-from ctd_scale.ranking import Scorer, rank_targets
+from ctd_scale.ranking import Scorer, rank_targets, validation_users
 
 WEIGHTS, FACTS = "model.safetensors", "facts.json"
 CHUNK_USERS = 512
@@ -150,9 +150,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
 
 def validation_ndcg(log: InteractionLog, model: nn.Module, mask_seen: bool, limit: int, seed: int) -> float:
     """NDCG@10 over (at most `limit`) validation items among all items; each worker ranks its share of the users."""
-    users = log.split_users("validation")
-    if len(users) > limit:
-        users = np.sort(np.random.default_rng((seed, 43)).choice(users, limit, replace=False))
+    users = validation_users(log, limit, seed)
     model.eval()
     own = users[training.rank() :: training.world_size()]
     ranks = rank_targets(log, scorer_of(model), "validation", mask_seen=mask_seen, chunk_users=CHUNK_USERS, users=own)

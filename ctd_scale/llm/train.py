@@ -31,9 +31,10 @@ from ctd_scale.llm.descriptions import describe_items
 from ctd_scale.llm.model import VECTOR_SCALE, PreferenceLM, build_preference_lm
 from ctd_scale.llm.prompts import Prompts, make_prompts
 from ctd_scale.llm.tokens import load_item_tokens, token_source
-from ctd_scale.llm.validation import Best, validation_ndcg, validation_users
+from ctd_scale.llm.validation import Best, validation_ndcg
 from ctd_scale.llm.weights import BACKBONE, export_model
 from ctd_scale.llm.windows import Windows, pack, plan_steps, training_windows
+from ctd_scale.ranking import validation_users
 
 FACTS = "facts.json"
 

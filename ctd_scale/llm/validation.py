@@ -57,14 +57,6 @@ class Best:
         return cls(**json.loads((folder / NUMBERS).read_text()), weights=load_file(folder / WEIGHTS) if kept else {})
 
 
-def validation_users(log: InteractionLog, limit: int, seed: int) -> Int64[ndarray, "users"]:
-    """All users with a validation item, or `limit` of them at random."""
-    users = log.split_users("validation")
-    if len(users) <= limit:
-        return users
-    return np.sort(np.random.default_rng((seed, 15)).choice(users, limit, replace=False))
-
-
 def validation_ndcg(
     engine: Any,
     log: InteractionLog,
