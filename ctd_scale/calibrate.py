@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import InteractionLog, Preferences, Ranking, Split, save_rankings
 from ctd_scale.config import RunConfig
@@ -24,6 +23,7 @@ from ctd_scale.recommender import (
     load_retrieve,
 )
 from ctd_scale.retrieval.hybrid import hybrid_scores
+from ctd_scale.terminal import console
 
 INPUTS = ("interactions", "models/llm", "preferences", "models/diffusion", "index")
 
@@ -86,7 +86,7 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
     with run.publish("ranking", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         save_rankings(rankings, folder)
     full = rankings["full_text"]
-    training.console.print(
+    console.print(
         f"  ranking: preference + {full.graph:.3g} x graph + {full.draws:g} x draws - {full.error:g} x error, "
         f"text factor {full.pi:g}",
         highlight=False,

@@ -8,6 +8,7 @@ itself what belongs to it, and Ray's list is not read.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -52,3 +53,10 @@ def is_complete(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
             return False
         writer, writers = writer + 1, int(part["writers"])
     return True
+
+
+def discard(folder: str, stage: str) -> None:
+    """Remove the resumable state of a stage on this machine: once its artifact is published nothing needs it."""
+    if "://" not in folder:
+        for checkpoints in Path(folder).glob(f"{stage}-*"):
+            shutil.rmtree(checkpoints, ignore_errors=True)

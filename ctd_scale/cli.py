@@ -27,7 +27,7 @@ from ctd_scale.cli_options import (
     overriding,
 )
 from ctd_scale.config import RunConfig
-from ctd_scale.training import TrainingError, console
+from ctd_scale.terminal import TrainingError, console
 
 app = typer.Typer(
     help="Generative recommendation with continuous-token diffusion.",
@@ -102,7 +102,7 @@ def train(
 
 @app.command()
 def tune(
-    stage: Annotated[str, typer.Argument(help="llm, diffusion, bpr_mf, sasrec, bsarec, text_only, tiger, ...")],
+    stage: Annotated[str, typer.Argument(help="graph, llm, diffusion, bpr_mf, sasrec, bsarec, text_only, tiger, ...")],
     config: ConfigOption,
     ranges: Annotated[
         list[str] | None, typer.Option("--range", help="stage.key=low..high or stage.key=a,b,c; repeatable")

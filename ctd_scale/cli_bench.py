@@ -10,7 +10,7 @@ import typer
 
 from ctd_scale.artifacts import Run
 from ctd_scale.cli_options import DataDirOption, RunOption, SetOption, StorageOption
-from ctd_scale.training import console
+from ctd_scale.terminal import console
 
 bench = typer.Typer(help="Measure.", no_args_is_help=True)
 

@@ -8,7 +8,7 @@ import typer
 
 from ctd_scale.artifacts import Run
 from ctd_scale.cli_options import RunOption
-from ctd_scale.training import console
+from ctd_scale.terminal import console
 
 index = typer.Typer(help="Change the catalogue of a run, also while it is served.", no_args_is_help=True)
 

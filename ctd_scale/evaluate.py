@@ -22,7 +22,7 @@ from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.ranking import TOP, Ranks, beyond_accuracy, counted_ranks, padded, rank_targets, save_ranks
 from ctd_scale.recommender import load_density, load_retrieve
 from ctd_scale.retrieval.dense import unit_vectors
-from ctd_scale.training import console
+from ctd_scale.terminal import console
 
 INPUTS = ("interactions", "embeddings", "models/llm", "preferences", "models/diffusion", "index", "ranking")
 METRICS = ("hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr", "coverage@10", "diversity@10", "popularity@10", "rare_hr@10")

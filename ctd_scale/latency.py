@@ -28,7 +28,7 @@ from ctd_scale.environment import machine, versions
 from ctd_scale.live import Live
 from ctd_scale.recommender import RankStep, excluded_items, load_rank
 from ctd_scale.retrieval.effort import has_effort
-from ctd_scale.training import console
+from ctd_scale.terminal import console
 
 LATENCY, ROWS = "latency", "latency.json"
 INPUTS = ("interactions", "models/llm", "preferences", "models/diffusion", "index", "ranking")

@@ -15,24 +15,11 @@ from functools import partial
 from typing import Any
 
 from ctd_scale.artifacts import ArtifactError, Run
-from ctd_scale.baselines.discrete import DISCRETE
-from ctd_scale.baselines.llm import VARIANTS, train_variant
-from ctd_scale.baselines.train import MAKERS, train_baseline
+from ctd_scale.baselines.names import DISCRETE, TRAINED, VARIANTS
 from ctd_scale.batches import InteractionLog, NodeArrays, Preferences
-from ctd_scale.calibrate import calibrate_ranking
+from ctd_scale.checkpoints import discard
 from ctd_scale.config import ConfigError, RunConfig, section_hash
-from ctd_scale.diffusion.train import train_diffusion
-from ctd_scale.evaluate import evaluate
-from ctd_scale.graph.csr import BipartiteGraph
-from ctd_scale.graph.train import train_graph
-from ctd_scale.interactions.prepare import input_digests, prepare_interactions
-from ctd_scale.llm.backbone import backbone_folder, hidden_size
-from ctd_scale.llm.export import export_preferences
-from ctd_scale.llm.train import train_llm
-from ctd_scale.llm.weights import load_vectors
-from ctd_scale.retrieval.build import build_graph_index, build_index
-from ctd_scale.tokenizer.train import train_tokenizer
-from ctd_scale.training import console, discard_checkpoints
+from ctd_scale.terminal import console
 
 CALIBRATION_USERS = 5000  # whose histories may calibrate the index of the graph
 
@@ -49,19 +36,52 @@ class Stage:
     checkpoints: str = ""
 
 
+# Each stage imports what it needs when it runs: together they take as long as a small stage.
+
+
 def _prepare(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.interactions.prepare import prepare_interactions
+
     prepare_interactions(config.interactions, run, config_hash)
 
 
+def _graph(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.graph.train import train_graph
+
+    train_graph(run, config, config_hash)
+
+
 def _tokenizer(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.llm.backbone import backbone_folder, hidden_size
+    from ctd_scale.tokenizer.train import train_tokenizer
+
     train_tokenizer(run, config, config_hash, hidden_size(backbone_folder(config.llm)))
 
 
+def _llm(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.llm.train import train_llm
+
+    train_llm(run, config, config_hash)
+
+
+def _preferences(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.llm.export import export_preferences
+
+    export_preferences(run, config, config_hash)
+
+
 def _diffusion(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.diffusion.train import train_diffusion
+    from ctd_scale.llm.weights import load_vectors
+
     train_diffusion(run, config, config_hash, load_vectors(run.fetch("models/llm").path))
 
 
 def _index(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.graph.csr import BipartiteGraph
+    from ctd_scale.llm.weights import load_vectors
+    from ctd_scale.retrieval.build import build_graph_index, build_index
+
     interactions, llm = run.fetch("interactions"), run.fetch("models/llm")
     preferences, graph, embeddings = (run.fetch(name) for name in ("preferences", "graph", "embeddings"))
     log = InteractionLog.load(interactions.path)
@@ -77,13 +97,36 @@ def _index(run: Run, config: RunConfig, config_hash: str) -> None:
         facts |= build_graph_index(items, degrees, settings, folder, seed, histories)
 
 
+def _ranking(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.calibrate import calibrate_ranking
+
+    calibrate_ranking(run, config, config_hash)
+
+
+def _evaluate(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.evaluate import evaluate
+
+    evaluate(run, config, config_hash)
+
+
+def _trained(run: Run, config: RunConfig, config_hash: str, *, name: str) -> None:
+    if name in VARIANTS:
+        from ctd_scale.baselines.llm import train_variant
+
+        train_variant(name, run, config, config_hash)
+    else:
+        from ctd_scale.baselines.train import train_baseline
+
+        train_baseline(name, run, config, config_hash)
+
+
 STAGES = (
     Stage("prepare_interactions", _prepare, ("interactions",), (), ("interactions",)),
-    Stage("train_graph", train_graph, ("graph",), ("interactions",), ("graph", "embeddings"), "graph"),
+    Stage("train_graph", _graph, ("graph",), ("interactions",), ("graph", "embeddings"), "graph"),
     Stage("train_tokenizer", _tokenizer, ("tokenizer",), ("embeddings",), ("models/tokenizer", "tokens"), "tokenizer"),
     Stage(
         "train_llm",
-        train_llm,
+        _llm,
         ("llm", "evaluation.mask_seen"),
         ("interactions", "embeddings", "tokens"),
         ("models/llm",),
@@ -91,7 +134,7 @@ STAGES = (
     ),
     Stage(
         "export_preferences",
-        export_preferences,
+        _preferences,
         ("llm",),
         ("interactions", "tokens", "models/llm"),
         ("preferences",),
@@ -114,14 +157,14 @@ STAGES = (
     ),
     Stage(
         "calibrate_ranking",
-        calibrate_ranking,
+        _ranking,
         ("diffusion", "retrieval", "evaluation"),
         ("interactions", "models/llm", "preferences", "models/diffusion", "index"),
         ("ranking",),
     ),
     Stage(
         "evaluate",
-        evaluate,
+        _evaluate,
         ("diffusion", "retrieval", "evaluation"),
         ("interactions", "embeddings", "models/llm", "preferences", "models/diffusion", "index", "ranking"),
         ("metrics",),
@@ -131,18 +174,16 @@ STAGES = (
 
 def _baseline(name: str) -> Stage:
     """What trains a baseline, as a stage of its own."""
-    make: Callable[[Run, RunConfig, str], object] = partial(train_baseline, name)
     sections: tuple[str, ...] = (f"baselines.{name}", "evaluation.mask_seen")
     inputs: tuple[str, ...] = ("interactions",)
     if name in DISCRETE:  # layers, history and precision are the LLM's
         sections = (*sections, "llm")
     if name in VARIANTS:
-        make, inputs = partial(train_variant, name), ("interactions", "embeddings")
-        sections = ("llm", "evaluation.mask_seen")
-    return Stage(f"train_{name}", make, sections, inputs, (f"baselines/{name}",), name)
+        inputs, sections = ("interactions", "embeddings"), ("llm", "evaluation.mask_seen")
+    return Stage(f"train_{name}", partial(_trained, name=name), sections, inputs, (f"baselines/{name}",), name)
 
 
-BASELINES = tuple(_baseline(name) for name in (*MAKERS, *VARIANTS))
+BASELINES = tuple(_baseline(name) for name in (*TRAINED, *VARIANTS))
 
 
 def stage_named(name: str) -> Stage:
@@ -161,6 +202,8 @@ def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:
     """
     digests: Mapping[str, str] = {}
     if stage.name == "prepare_interactions":
+        from ctd_scale.interactions.sources import input_digests
+
         digests = input_digests(config.interactions)
     else:
         digests = {name: run.fetch(name, verify=False).digest for name in stage.inputs}
@@ -192,7 +235,7 @@ def run_stage(stage: Stage, run: Run, config: RunConfig) -> bool:
     started = time.perf_counter()
     stage.make(run, config, key)
     if stage.checkpoints:
-        discard_checkpoints(run, stage.checkpoints)
+        discard(run.checkpoints, stage.checkpoints)
     console.print(f"[green]✓[/] {stage.name} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
     return True
 

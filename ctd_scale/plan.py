@@ -24,8 +24,8 @@ from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.llm.backbone import backbone_folder, hidden_size
 from ctd_scale.llm.plan import plan_llm
 from ctd_scale.retrieval.plan import plan_index
+from ctd_scale.terminal import console
 from ctd_scale.tokenizer.plan import plan_tokenizer
-from ctd_scale.training import console
 
 # Models that an evaluation ranks with, all over the whole catalogue.
 RANKINGS = 13

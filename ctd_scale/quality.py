@@ -17,17 +17,17 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from ctd_scale import training
 from ctd_scale.artifacts import Artifact, Run, write_text
-from ctd_scale.baselines.discrete import DISCRETE, DiscreteLM, id_facts
-from ctd_scale.baselines.llm import VARIANTS
+from ctd_scale.baselines.discrete import DiscreteLM, id_facts
+from ctd_scale.baselines.names import DISCRETE, TRAINED, VARIANTS
 from ctd_scale.baselines.scorers import SCORERS, trained_artifact
-from ctd_scale.baselines.train import MAKERS, load_model
+from ctd_scale.baselines.train import load_model
 from ctd_scale.batches import SPLITS, InteractionLog, Split
 from ctd_scale.config import ConfigError, RunConfig, load_config
 from ctd_scale.evaluate import METRICS, protocol_of, rank_baseline
 from ctd_scale.pipeline import Stage, run_pipeline, run_with_inputs
 from ctd_scale.ranking import beyond_accuracy, load_ranks, ndcg_gains, save_ranks
+from ctd_scale.terminal import console
 
 # Of the chain; `full_text` only where texts are generated.
 CHAIN = (
@@ -93,7 +93,7 @@ def compare(
     for seed in seeds:
         config = load_config(dataset, [*overrides, f"seed={seed}"])
         run = Run(storage, f"{Path(dataset).stem}-{seed}")
-        training.console.print(f"{dataset}, seed {seed}: [bold]{run.url}[/]", highlight=False)
+        console.print(f"{dataset}, seed {seed}: [bold]{run.url}[/]", highlight=False)
         measured += measure(run, config, models)
         protocol = protocol_of(run.fetch("interactions"), config, config.evaluation.mask_seen)
     if not reference:
@@ -118,7 +118,7 @@ def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured
 
 def rank_stage(name: str) -> Stage:
     """Ranks of a baseline as a stage: skipped where nothing it depends on changed."""
-    own = (f"baselines.{name}",) if name in (*MAKERS, "item_knn") else ()
+    own = (f"baselines.{name}",) if name in (*TRAINED, "item_knn") else ()
     if name in (*VARIANTS, *DISCRETE):
         own = (*own, "llm")
     inputs = ("interactions", *([source] if (source := trained_artifact(name)) else []))

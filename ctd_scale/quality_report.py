@@ -13,7 +13,7 @@ from ctd_scale.artifacts import write_text
 from ctd_scale.batches import SPLITS
 from ctd_scale.environment import machine, versions
 from ctd_scale.evaluate import METRICS, printed
-from ctd_scale.training import console
+from ctd_scale.terminal import console
 
 PROTOCOL = ("dataset", "splitting", "mask_seen")
 SHOWN = ("hr@10", "ndcg@10", "mrr", "coverage@10")

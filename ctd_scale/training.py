@@ -13,7 +13,6 @@ import os
 import random
 import resource
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -30,12 +29,12 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.callback import UserCallback
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ctd_scale import checkpoints
 from ctd_scale.artifacts import Run, write_text
 from ctd_scale.config_resources import StageResources
+from ctd_scale.terminal import TrainingError, console
 
 OBJECT_STORE_BYTES = 512 * 1024**2
 EXPORT = "export"
@@ -43,12 +42,6 @@ PROGRESS = "progress.json"
 USAGE = "usage.json"
 # Who is told, besides, what workers report (`reporting_to`).
 _told: list[UserCallback] = []
-# Redirected output gets a width in which the tables fit.
-console = Console(width=None if sys.stdout.isatty() else 120)
-
-
-class TrainingError(RuntimeError):
-    """A training stage failed after its retries; the message carries the worker's error."""
 
 
 def start_ray() -> None:
@@ -153,13 +146,6 @@ def usage(run: Run, stage: str) -> dict[str, float]:
     first worker. Empty where that worker ran on a machine whose files are not seen here."""
     file = run.root / "logs" / stage / USAGE
     return dict(json.loads(file.read_text())) if file.exists() else {}
-
-
-def discard_checkpoints(run: Run, stage: str) -> None:
-    """Remove the resumable state of a stage: once its artifact is published nothing needs it."""
-    if run.is_local:
-        for folder in Path(run.checkpoints).glob(f"{stage}-*"):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 # -- inside a worker -----------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from ctd_scale.llm.model import word_scale
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.windows import training_windows
 
-DISCRETE = ("p5_random", "p5_sequential", "p5_collaborative", "tiger")
 NOTHING = -1  # a place without a symbol
 CHUNK_TITLES, TITLE_TOKENS = 256, 32
 

@@ -11,12 +11,11 @@ that is not read leaves an empty place.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy import ndarray
 
 from ctd_scale.artifacts import Run
+from ctd_scale.baselines.names import VARIANTS
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.llm.backbone import hidden_size
@@ -25,12 +24,6 @@ from ctd_scale.llm.tokens import load_item_tokens, token_source
 from ctd_scale.llm.train import train_llm
 from ctd_scale.llm.weights import BACKBONE, load_vectors
 from ctd_scale.ranking import Scorer
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "text_only": {"item_tokens": "none", "recency": False},
-    "collm": {"item_tokens": "projected", "token_schedule": "second_half", "recency": False},
-    "llara": {"item_tokens": "projected", "token_schedule": "curriculum", "recency": False},
-}
 
 
 def variant(config: RunConfig, name: str) -> RunConfig:

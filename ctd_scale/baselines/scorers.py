@@ -8,9 +8,10 @@ from functools import partial
 from ctd_scale.artifacts import Run
 from ctd_scale.baselines.item_knn import item_knn_scorer, item_similarities
 from ctd_scale.baselines.lightgcn import lightgcn_scorer
-from ctd_scale.baselines.llm import VARIANTS, variant_scorer
+from ctd_scale.baselines.llm import variant_scorer
+from ctd_scale.baselines.names import TRAINED, VARIANTS
 from ctd_scale.baselines.popularity import popularity_scorer
-from ctd_scale.baselines.train import MAKERS, load_scorer
+from ctd_scale.baselines.train import load_scorer
 from ctd_scale.batches import InteractionLog, NodeArrays
 from ctd_scale.config import RunConfig
 from ctd_scale.ranking import Scorer
@@ -36,7 +37,7 @@ SCORERS: dict[str, Callable[[Run, RunConfig], Scorer]] = {
     "popularity": _popularity,
     "item_knn": _item_knn,
     "lightgcn": _lightgcn,
-    **{name: partial(load_scorer, name) for name in MAKERS},
+    **{name: partial(load_scorer, name) for name in TRAINED},
     **{name: partial(variant_scorer, name) for name in VARIANTS},
 }
 # What has a vector for each user of the log, and cannot answer for a history alone.
@@ -45,4 +46,4 @@ KNOWS_USERS = ("lightgcn", "bpr_mf")
 
 def trained_artifact(name: str) -> str:
     """The artifact that a baseline's training published; '' where nothing is trained."""
-    return "embeddings" if name == "lightgcn" else f"baselines/{name}" if name in (*MAKERS, *VARIANTS) else ""
+    return "embeddings" if name == "lightgcn" else f"baselines/{name}" if name in (*TRAINED, *VARIANTS) else ""

@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ctd_scale import training
 from ctd_scale.artifacts import Run
-from ctd_scale.baselines.discrete import DISCRETE, discrete_task
+from ctd_scale.baselines.discrete import discrete_task
 from ctd_scale.baselines.matrix_factorization import matrix_factorization_task
+from ctd_scale.baselines.names import DISCRETE, SEQUENTIAL
 from ctd_scale.baselines.sequential import sequential_task
 from ctd_scale.baselines.task import Task
 from ctd_scale.batches import InteractionLog
@@ -31,7 +32,7 @@ WEIGHTS, FACTS = "model.safetensors", "facts.json"
 CHUNK_USERS = 512
 MAKERS: dict[str, Callable[[InteractionLog, RunConfig], Task]] = {
     "bpr_mf": matrix_factorization_task,
-    **{name: partial(sequential_task, name=name) for name in ("sasrec", "bsarec")},
+    **{name: partial(sequential_task, name=name) for name in SEQUENTIAL},
     **{name: partial(discrete_task, name=name) for name in DISCRETE},
 }
 

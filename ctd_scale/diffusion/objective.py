@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -32,6 +31,8 @@ def cumulative_alphas(
     num_train_timesteps: int, beta_schedule: str, prediction_type: PredictionType
 ) -> Float[Tensor, "timesteps"]:
     """abar_t of every timestep."""
+    from diffusers import DDPMScheduler  # takes seconds, and a ranking without a denoiser never comes here
+
     scheduler = DDPMScheduler(**schedule_options(num_train_timesteps, beta_schedule, prediction_type))
     return scheduler.alphas_cumprod.float()
 

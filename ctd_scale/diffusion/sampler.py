@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -18,6 +17,8 @@ from ctd_scale.diffusion.objective import add_noise, cumulative_alphas, predicte
 
 def make_scheduler(config: DiffusionConfig) -> Any:
     """The sampling scheduler: same betas as in training, timesteps that begin at the very last one."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
     options = {
         **schedule_options(config.num_train_timesteps, config.beta_schedule, config.prediction_type),
         "prediction_type": config.prediction_type,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch_geometric.nn import LGConv
 
 from ctd_scale.graph import kernels
 
@@ -35,11 +35,6 @@ class WeightedSum(torch.autograd.Function):
 class LightGCN(nn.Module):
     """`e_v^(l+1) = sum_{w in N(v)} e_w^(l) / sqrt(d_v d_w)`; the output is the mean of layers 0 to num_layers."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        # The blocks carry their weights: normalisation needs the degrees of the whole graph, not of the sample.
-        self.conv = LGConv(normalize=False)
-
     def forward(
         self,
         layer0: Float[Tensor, "nodes embed_dim"],
@@ -53,6 +48,15 @@ class LightGCN(nn.Module):
         layer, total = layer0, seeds
         for block in blocks:
             # The same sum; with it a step on the CPU takes two thirds of the time.
-            layer = WeightedSum.apply(block, layer) if layer.device.type == "cpu" else self.conv(layer, block)
+            layer = WeightedSum.apply(block, layer) if layer.device.type == "cpu" else _convolution()(layer, block)
             total = total + layer[: len(seeds)]
         return total / (len(blocks) + 1)
+
+
+@cache
+def _convolution() -> nn.Module:
+    """PyG's, without weights. Importing it takes seconds, and a worker on a CPU needs none."""
+    from torch_geometric.nn import LGConv
+
+    # The blocks carry their weights: normalisation needs the degrees of the whole graph, not of the sample.
+    return LGConv(normalize=False)

@@ -5,19 +5,17 @@ Every refused row goes to a quarantine table with its file, row and reason; too 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ctd_scale.artifacts import Run, file_digest
+from ctd_scale.artifacts import Run
 from ctd_scale.batches import MIN_SPLIT_LENGTH, SPLITS, InteractionLog
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.checking import read_catalogue, read_interactions
@@ -32,9 +30,10 @@ from ctd_scale.interactions.quarantine import (
 )
 from ctd_scale.interactions.schema import ATTRIBUTE, DUPLICATE, BadInputError, attributes_of, clean_titles
 from ctd_scale.interactions.sequences import Sequences, build_sequences
-from ctd_scale.interactions.sources import RawSource, find_source, resolve_columns
+from ctd_scale.interactions.sources import RawSource, find_source, input_digests, resolve_columns
 from ctd_scale.interactions.split import time_cuts, withheld_users
-from ctd_scale.training import console, shown_progress, start_ray, write_progress
+from ctd_scale.terminal import console
+from ctd_scale.training import shown_progress, start_ray, write_progress
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,6 @@ class PrepareReport:
     items: int
     interactions: int
     split_users: int
-
-
-def input_digests(config: InteractionsConfig) -> dict[str, str]:
-    """sha256 of every raw file, by its name below the folder that all of them share.
-
-    Raises BadInputError where a file is missing.
-    """
-    source = find_source(config)
-    paths = [*source.interactions, *source.items]
-    return dict(zip(label_paths(paths), map(_digest, paths), strict=True))
 
 
 def prepare_interactions(config: InteractionsConfig, run: Run, config_hash: str) -> PrepareReport:
@@ -231,16 +220,6 @@ def _require_targets(log: InteractionLog) -> None:
 def as_date(microseconds: int) -> str:
     """ISO 8601, UTC."""
     return datetime.fromtimestamp(microseconds / 1e6, tz=timezone.utc).isoformat(timespec="seconds")
-
-
-def _digest(path: str) -> str:
-    if "://" not in path:
-        return file_digest(Path(path))
-    sha = hashlib.sha256()
-    with fsspec.open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def _show(report: PrepareReport, config: InteractionsConfig) -> None:

@@ -6,14 +6,19 @@ are downloaded once and kept in the user's cache.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import fsspec
+
+from ctd_scale.artifacts import file_digest
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.downloads import DOWNLOAD, download
+from ctd_scale.interactions.quarantine import label_paths
 from ctd_scale.interactions.reading import columns_of, expand
 from ctd_scale.interactions.schema import ATTRIBUTE, BadInputError
 
@@ -45,6 +50,16 @@ def find_source(config: InteractionsConfig) -> RawSource:
         return replace(source, attributes={f"{ATTRIBUTE}{name}": f"{name}:token" for name in names})
     source = _own_files(config) if config.dataset == "files" else _folder_source(_ready_made_folder(config))
     return replace(source, attributes={f"{ATTRIBUTE}{name}": name for name in names})
+
+
+def input_digests(config: InteractionsConfig) -> dict[str, str]:
+    """sha256 of every raw file, by its name below the folder that all of them share.
+
+    Raises BadInputError where a file is missing.
+    """
+    source = find_source(config)
+    paths = [*source.interactions, *source.items]
+    return dict(zip(label_paths(paths), map(_digest, paths), strict=True))
 
 
 def resolve_columns(source: RawSource) -> dict[str, str]:
@@ -170,3 +185,13 @@ def _folder_source(folder: Path) -> RawSource:
 
 def _names(columns: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in columns)
+
+
+def _digest(path: str) -> str:
+    if "://" not in path:
+        return file_digest(Path(path))
+    sha = hashlib.sha256()
+    with fsspec.open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            sha.update(chunk)
+    return sha.hexdigest()

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import SPLITS, InteractionLog, NodeArrays, Preferences, Split
 from ctd_scale.config import LLMConfig, RunConfig
@@ -21,6 +20,7 @@ from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.llm.train import window_row
 from ctd_scale.llm.windows import export_windows
 from ctd_scale.parts import read_parts, write_parts
+from ctd_scale.terminal import console
 
 ORDER: tuple[Literal["train"] | Split, ...] = ("train", *SPLITS)
 # Rows of one part: enough to bucket by length, few enough to lose little in a kill.
@@ -55,7 +55,7 @@ def export_preferences(run: Run, config: RunConfig, config_hash: str) -> None:
             )
             facts[f"{split}_rows"] = len(preferences)
             preferences.save(folder, split)
-            training.console.print(f"  preferences: {len(preferences):,} of {split}", highlight=False)
+            console.print(f"  preferences: {len(preferences):,} of {split}", highlight=False)
 
 
 def jobs(log: InteractionLog, split: Split | Literal["train"], config: LLMConfig) -> list[Row]:

@@ -35,6 +35,7 @@ from ctd_scale.llm.validation import Best, validation_ndcg
 from ctd_scale.llm.weights import BACKBONE, export_model
 from ctd_scale.llm.windows import Windows, pack, plan_steps, training_windows
 from ctd_scale.ranking import validation_users
+from ctd_scale.terminal import console
 
 FACTS = "facts.json"
 
@@ -56,7 +57,7 @@ def train_llm(run: Run, config: RunConfig, config_hash: str, target: str = "mode
         )
     dtype = compute_dtype(config.llm.dtype, torch.device("cuda" if config.resources.llm.use_gpu else "cpu"))
     shown = json.dumps(zero.deepspeed_config(config.llm, dtype))
-    training.console.print(f"  DeepSpeed: {shown}", highlight=False, soft_wrap=True, style="dim")
+    console.print(f"  DeepSpeed: {shown}", highlight=False, soft_wrap=True, style="dim")
     export = training.run_training(
         train_loop,
         {

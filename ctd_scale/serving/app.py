@@ -27,7 +27,8 @@ from ctd_scale.config_serving import ServingConfig
 from ctd_scale.latency import described
 from ctd_scale.serving.deployments import App, Preference
 from ctd_scale.serving.release import Coordinator, Source, source_of
-from ctd_scale.training import console, start_ray
+from ctd_scale.terminal import console
+from ctd_scale.training import start_ray
 
 APPLICATION = "ctd-scale"
 # Logical CPUs only admit replicas. The LLM takes one; the rest must fit next to it on a small machine.

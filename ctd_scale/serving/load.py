@@ -24,7 +24,7 @@ from ctd_scale.artifacts import Run
 from ctd_scale.config import RunConfig
 from ctd_scale.environment import machine, versions
 from ctd_scale.recommender import Recommender
-from ctd_scale.training import console
+from ctd_scale.terminal import console
 
 WATCH_S = 1.0
 

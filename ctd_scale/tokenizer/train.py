@@ -16,6 +16,7 @@ from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import NodeArrays
 from ctd_scale.config import RunConfig, TokenizerConfig
+from ctd_scale.terminal import console
 from ctd_scale.tokenizer.kway import KWayTokenizer, draw_mask
 from ctd_scale.tokenizer.losses import decorrelation_loss, reconstruction_loss, variance_loss
 
@@ -53,7 +54,7 @@ def train_tokenizer(run: Run, config: RunConfig, config_hash: str, token_dim: in
     }
     for side in SIDES:
         cosine = facts[f"{side}_reconstruction_cosine"]
-        training.console.print(f"  tokenizer: reconstruction cosine of {side} {cosine:.4f}", highlight=False)
+        console.print(f"  tokenizer: reconstruction cosine of {side} {cosine:.4f}", highlight=False)
     inputs = {source.name: source.digest}
     with run.publish("models/tokenizer", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         for side in SIDES:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ctd_scale.artifacts import Run
-from ctd_scale.baselines.llm import VARIANTS, train_variant
+from ctd_scale.baselines.llm import train_variant
+from ctd_scale.baselines.names import VARIANTS
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.evaluate import rank_baseline

@@ -18,9 +18,10 @@ import ray
 from ctd_scale.artifacts import Run, file_digest
 from ctd_scale.batches import SPLITS, InteractionLog, read_table
 from ctd_scale.config import InteractionsConfig
-from ctd_scale.interactions.prepare import PrepareReport, input_digests, prepare_interactions
+from ctd_scale.interactions.prepare import PrepareReport, prepare_interactions
 from ctd_scale.interactions.schema import BadInputError
 from ctd_scale.interactions.sketch import sketch_log
+from ctd_scale.interactions.sources import input_digests
 from ctd_scale.training import start_ray
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from ctd_scale.artifacts import SCHEMA_VERSION, Run
-from ctd_scale.baselines.discrete import DISCRETE
-from ctd_scale.baselines.llm import VARIANTS
+from ctd_scale.baselines.names import DISCRETE, VARIANTS
 from ctd_scale.config import load_config
 from ctd_scale.pipeline import is_current, run_with_inputs, stage_hash, stage_named
 from ctd_scale.quality import rank_stage

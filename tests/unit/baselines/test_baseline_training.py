@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ctd_scale.baselines.discrete import DISCRETE
+from ctd_scale.baselines.names import DISCRETE
 from ctd_scale.baselines.train import MAKERS, WEIGHTS, restore, scorer_of, train_loop
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig, validate_config

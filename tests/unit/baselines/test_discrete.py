@@ -19,7 +19,8 @@ from ctd_scale.baselines.codes import (
     sequential_codes,
     spectral_vectors,
 )
-from ctd_scale.baselines.discrete import DISCRETE, DiscreteLM, discrete_task, valid_share
+from ctd_scale.baselines.discrete import DiscreteLM, discrete_task, valid_share
+from ctd_scale.baselines.names import DISCRETE
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.config_baselines import DiscreteConfig
