@@ -1,8 +1,8 @@
 """Write and read the `index` artifact.
 
-`vectors.npy` (unit length) and `text/`; `cold/`, which places items by their words; `graph/` with `sources.npy` and the
-lifted `vectors.npy`; and beside either vectors `scann/` or `faiss/` for large catalogues (with several shards
-`scann/0`, `scann/1`, ...).
+`vectors.npy` (unit length) and `text/`; `cold/`, which places items by their words; `graph/` with `sources.npy`, the
+lifted `vectors.npy` and, where some items have no interaction, `connected.npy`: those that have; and beside either
+vectors `scann/` or `faiss/` for large catalogues (with several shards `scann/0`, `scann/1`, ...).
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
 from ctd_scale.retrieval.faiss_index import FaissIndex
 from ctd_scale.retrieval.hybrid import HybridRetriever
 from ctd_scale.retrieval.scann_index import ScannIndex
+from ctd_scale.retrieval.segments import PartialIndex
 from ctd_scale.retrieval.text import TextIndex
 from ctd_scale.retrieval.tree_index import MIN_TREE_ITEMS, TreeIndex, load_shards, save_shards, united
 
-VECTORS, SOURCES, TRAINED = "vectors.npy", "sources.npy", "trained.npy"
+VECTORS, SOURCES, TRAINED, CONNECTED = "vectors.npy", "sources.npy", "trained.npy", "connected.npy"
 TEXT, GRAPH, COLD = "text", "graph", "cold"
 # By folder; the first that can be imported is taken. Neither is, until it builds or loads.
 ENGINES: dict[str, type[TreeIndex]] = {"scann": ScannIndex, "faiss": FaissIndex}
@@ -88,14 +89,20 @@ def build_graph_index(
 ) -> dict[str, Any]:
     """Build what `load_graph_index` reads into the same `folder`; an engine is calibrated on `histories`.
 
+    Of an item of degree 0 the graph knows nothing: it adds nothing to a history, its score is 0, and it is not
+    proposed. As trained, such items lie close together, and an engine opened many leaves for them.
+
     Returns facts of the manifest: graph_engine, graph_recall, graph_seconds.
     """
     start = time.perf_counter()
     (folder / GRAPH).mkdir(parents=True, exist_ok=True)
-    sources = graph_sources(np.asarray(embeddings), degrees)
+    connected = np.flatnonzero(degrees).astype(np.int32)
+    embeddings = np.where(np.asarray(degrees)[:, None] > 0, embeddings, np.float32(0))
+    sources = graph_sources(embeddings, degrees)
     np.save(folder / GRAPH / SOURCES, sources)
     queries = read_histories(sources, histories) if len(histories) else None
-    engine, recall = _build_dense(lift(np.asarray(embeddings)), config, folder / GRAPH, seed, queries)
+    some = connected if len(connected) < len(embeddings) else None
+    engine, recall = _build_dense(lift(embeddings), config, folder / GRAPH, seed, queries, some)
     return {
         "graph_engine": engine,
         "graph_recall": recall,
@@ -135,10 +142,14 @@ def _build_dense(
     folder: Path,
     seed: int,
     queries: Float32[ndarray, "queries dim"] | None,
+    some: Int32[ndarray, "some"] | None = None,
 ) -> tuple[str, float]:
-    """Unit vectors, and what searches them where there are many; which engine that is, and its recall@10."""
+    """Unit vectors, and what searches them (or `some`) where there are many; the engine and its recall@10."""
     vectors = unit_vectors(vectors)
     np.save(folder / VECTORS, vectors)
+    if some is not None:
+        np.save(folder / CONNECTED, some)
+        vectors = vectors[some]
     name = _engine(config, len(vectors))
     if name == "exact":
         return name, 1.0
@@ -166,10 +177,18 @@ def _engine(config: RetrievalConfig, items: int) -> str:
 def _load_dense(folder: Path) -> tuple[ndarray, DenseIndex]:
     """The vectors, and what searches them. Raises ValueError: a shard is missing."""
     vectors = np.load(folder / VECTORS, mmap_mode="r")
+    if (folder / CONNECTED).is_file():
+        some = np.load(folder / CONNECTED)
+        return vectors, PartialIndex(_load_engine(folder, len(some)) or ExactIndex(vectors[some]), some)
+    return vectors, _load_engine(folder, len(vectors)) or ExactIndex(vectors)
+
+
+def _load_engine(folder: Path, items: int) -> DenseIndex | None:
+    """What was built for so many items; None: exact search."""
     for name, engine in ENGINES.items():
         if (folder / name).is_dir():
             shards = load_shards(engine, folder / name)
-            if (items := sum(shard.settings.items for shard in shards)) != len(vectors):
-                raise ValueError(f"{folder / name} holds {items} of {len(vectors)} items; rerun build_index")
-            return vectors, united(shards)
-    return vectors, ExactIndex(vectors)
+            if (held := sum(shard.settings.items for shard in shards)) != items:
+                raise ValueError(f"{folder / name} holds {held} of {items} items; rerun build_index")
+            return united(shards)
+    return None

@@ -6,12 +6,14 @@ import math
 from dataclasses import replace
 
 from ctd_scale.retrieval.dense import DenseIndex
-from ctd_scale.retrieval.segments import SegmentedIndex
+from ctd_scale.retrieval.segments import PartialIndex, SegmentedIndex
 from ctd_scale.retrieval.tree_index import TreeIndex
 
 
 def has_effort(index: DenseIndex) -> bool:
     """Whether the engine searches more or less of itself; an exact one searches all."""
+    if isinstance(index, PartialIndex):
+        return has_effort(index.index)
     if isinstance(index, SegmentedIndex):
         return any(map(has_effort, index.segments))
     return isinstance(index, TreeIndex)
@@ -19,6 +21,8 @@ def has_effort(index: DenseIndex) -> bool:
 
 def with_effort(index: DenseIndex, effort: float) -> DenseIndex:
     """The same index searching `effort` times as many leaves, at least one and at most all; what has none as it is."""
+    if isinstance(index, PartialIndex):
+        return replace(index, index=with_effort(index.index, effort))
     if isinstance(index, SegmentedIndex):
         return replace(index, segments=[with_effort(segment, effort) for segment in index.segments])
     if effort == 1 or not isinstance(index, TreeIndex):

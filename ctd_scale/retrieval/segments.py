@@ -1,4 +1,5 @@
-"""Several indexes searched as one: the shards of a large catalogue, or a few new items behind many old ones."""
+"""Indexes that are not of one whole catalogue: several searched as one (the shards of a large one, or a few new items
+behind many old ones), or one of some items alone."""
 
 from __future__ import annotations
 
@@ -59,8 +60,25 @@ class SegmentedIndex:
         return _best(np.concatenate(ids, axis=1), np.concatenate(cosines, axis=1), k)
 
 
+@dataclass(frozen=True)
+class PartialIndex:
+    """An index of the items `ids` alone, ascending; the others of the catalogue are never found."""
+
+    index: DenseIndex
+    ids: Int32[ndarray, "some"]
+
+    def search(
+        self, queries: Float32[ndarray, "batch cond_dim"], k: int
+    ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
+        """The k nearest of these items; -1 and -inf where there are fewer. Raises ValueError as the index does."""
+        found, cosines = self.index.search(queries, k)
+        return np.where(found >= 0, self.ids[found], np.int32(-1)), cosines
+
+
 def is_exact(index: DenseIndex) -> bool:
-    """Whether every item is scored."""
+    """Whether every item that can be found is scored."""
+    if isinstance(index, PartialIndex):
+        return is_exact(index.index)
     if isinstance(index, SegmentedIndex):
         return all(is_exact(segment) for segment in index.segments)
     return isinstance(index, ExactIndex)

@@ -14,6 +14,7 @@ from ctd_scale.config import RetrievalConfig
 from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.retrieval.build import build_graph_index, build_index, load_graph_index
 from ctd_scale.retrieval.collaborative import graph_sources, lift, read_histories
+from ctd_scale.retrieval.segments import is_exact
 
 USERS, ITEMS, DIM = 12, 40, 5
 NONE = np.empty(0, np.int32)
@@ -83,6 +84,40 @@ def test_the_index_finds_the_rest_of_a_community(tmp_path: Path, exact_limit: in
     ids, _ = graph.retriever.search(graph.queries(histories), [NONE] * communities, histories, 10)
     for c, row in enumerate(ids):
         assert sorted(row.tolist()) == np.flatnonzero(community == c)[each - 10 :].tolist()
+
+
+@pytest.mark.parametrize("exact_limit", [1, 1000])
+def test_what_nobody_chose_is_never_proposed(tmp_path: Path, exact_limit: int) -> None:
+    """The same neighbours, of the same scores, as without such items, wherever training left these."""
+    if exact_limit == 1:
+        pytest.importorskip("scann")
+    random, config = np.random.default_rng(1), RetrievalConfig(exact_limit=exact_limit)
+    items = random.standard_normal((300, 8)).astype(np.float32)
+    degrees = random.integers(1, 9, len(items))
+    cold = np.sort(random.choice(len(items), 120, replace=False))
+    degrees[cold] = 0
+    items[cold] = 5 * items[0]  # as near to a user of item 0 as can be
+    histories = [random.choice(len(items), 12, replace=False).astype(np.int32) for _ in range(40)]
+    build_graph_index(items, degrees, config, tmp_path / "all", 0, histories)
+    graph = load_graph_index(tmp_path / "all")
+    assert is_exact(graph.retriever.dense) == (exact_limit == 1000)
+
+    kept = np.flatnonzero(degrees)
+    place = np.full(len(items), -1, np.int32)
+    place[kept] = np.arange(len(kept))
+    heard = [np.intersect1d(place[history], np.arange(len(kept))).astype(np.int32) for history in histories]
+    build_graph_index(items[kept], degrees[kept], config, tmp_path / "kept", 0, heard)
+    alone = load_graph_index(tmp_path / "kept")
+    assert np.allclose(graph.queries(histories), alone.queries(heard), atol=1e-6)
+    nothing = [NONE] * len(histories)
+    ids, scores = graph.retriever.search(graph.queries(histories), nothing, histories, 10)
+    expected, expected_scores = alone.retriever.search(alone.queries(heard), nothing, heard, 10)
+    assert np.array_equal(ids, kept[expected])
+    assert np.allclose(scores, expected_scores, atol=1e-6)
+    assert not graph.retriever.vectors[cold][:, :-1].any()
+    # Asked for more than the graph knows, it gives what it knows.
+    ids, _ = graph.retriever.search(graph.queries(histories[:1]), nothing[:1], nothing[:1], len(items))
+    assert sorted(ids[ids >= 0].tolist()) == kept.tolist()
 
 
 def test_an_index_of_before_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
 from ctd_scale.retrieval.effort import has_effort, with_effort
 from ctd_scale.retrieval.scann_index import ScannIndex
-from ctd_scale.retrieval.segments import SegmentedIndex
+from ctd_scale.retrieval.segments import PartialIndex, SegmentedIndex
 
 
 def test_effort_is_that_of_the_leaves_and_no_index_changes_another() -> None:
@@ -35,3 +35,7 @@ def test_effort_is_that_of_the_leaves_and_no_index_changes_another() -> None:
     assert has_effort(grown)
     assert recall(with_effort(grown, 0.01)) < recall(grown)
     assert not has_effort(SegmentedIndex.of([exact], [len(vectors)]))
+    partial = PartialIndex(index, np.arange(len(vectors), dtype=np.int32))
+    assert has_effort(partial)
+    assert recall(with_effort(partial, 0.01)) < recall(partial)
+    assert not has_effort(PartialIndex(exact, partial.ids))
