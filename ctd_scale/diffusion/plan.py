@@ -16,7 +16,7 @@ USERS = 32
 def plan_diffusion(prefixes: float, items: int, cond_dim: int, config: DiffusionConfig) -> Estimate:
     """`prefixes` preferences to train on."""
     model = Denoiser(cond_dim, config.hidden_dim, config.num_blocks, config.dropout)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = max(1, min(config.batch_size, int(prefixes)))
     alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type)
     rows = torch.randn(batch, 3, cond_dim)

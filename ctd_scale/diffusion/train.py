@@ -63,7 +63,9 @@ def train_loop(arguments: dict[str, Any]) -> None:
 
     model = Denoiser(vectors.shape[1], config.hidden_dim, config.num_blocks, config.dropout).to(device)
     average = deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     batch_size = min(config.batch_size, len(data))
     steps_per_epoch = len(data) // batch_size
     total_steps = config.epochs * steps_per_epoch
@@ -86,9 +88,11 @@ def train_loop(arguments: dict[str, Any]) -> None:
 
     parallel: nn.Module = DistributedDataParallel(model) if training.world_size() > 1 else model
     log = training.StepLog(arguments["logs"], total_steps)
+    ordered, order = -1, np.empty(0, np.int64)
     while step < total_steps:
         epoch, position = divmod(step, steps_per_epoch)
-        order = np.random.default_rng((seed, 20, epoch)).permutation(len(data))
+        if epoch != ordered:
+            ordered, order = epoch, np.random.default_rng((seed, 20, epoch)).permutation(len(data))
         rows = torch.from_numpy(order[position * batch_size : (position + 1) * batch_size])
         # Everything random of a step is drawn for the global batch, then cut: N workers see what one would.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -136,5 +140,4 @@ def train_loop(arguments: dict[str, Any]) -> None:
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Exponential moving average of the weights; the decay grows from 0 so that the start is forgotten."""
-    for mean, current in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(current, 1.0 - decay)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)

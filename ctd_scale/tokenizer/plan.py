@@ -13,7 +13,7 @@ from ctd_scale.tokenizer.train import CHUNK, SIDES, _Losses
 def plan_tokenizer(nodes: int, embed_dim: int, token_dim: int, config: TokenizerConfig, write: float) -> Estimate:
     """`nodes` users and items together; `write` seconds per byte on disk."""
     models = [_Losses(KWayTokenizer(embed_dim, token_dim, config.num_ways, config.hidden_dim)) for _ in SIDES]
-    optimizer = torch.optim.AdamW([parameter for model in models for parameter in model.parameters()])
+    optimizer = torch.optim.AdamW([parameter for model in models for parameter in model.parameters()], fused=True)
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(config.batch_size, embed_dim, generator=generator)
 

@@ -81,7 +81,9 @@ def train_loop(arguments: dict[str, Any]) -> None:
         models[side] = model
         parallel[side] = DistributedDataParallel(_Losses(model)) if training.world_size() > 1 else _Losses(model)
     optimizer = torch.optim.AdamW(
-        [parameter for model in models.values() for parameter in model.parameters()], lr=config.learning_rate
+        [parameter for model in models.values() for parameter in model.parameters()],
+        lr=config.learning_rate,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, eta_min=config.learning_rate / 50)
     step = 0
