@@ -251,12 +251,13 @@ class StepLog:
         self._total = total_steps
         self._folder = Path(logs)
         self._writer: Any = None
-        self._shown, self._started = 0.0, time.monotonic()
+        self._shown = 0.0
         self._before: float | None = None  # seconds of this training before it was interrupted
         if rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(logs)
+        self._started = time.monotonic()
 
     def step(self, step: int, scalars: Mapping[str, float | torch.Tensor | Callable[[], float]]) -> None:
         """`step` counts finished optimizer steps, from 1. Scalars are read, or called, at most once a second."""
