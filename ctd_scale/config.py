@@ -235,11 +235,13 @@ class DiffusionConfig(Section):
     num_negatives: Positive = 64
     temperature: PositiveFloat = 0.1
     epochs: Positive = 20
-    batch_size: Positive = 1024
-    learning_rate: PositiveFloat = 1e-3
+    batch_size: Positive = Field(
+        128, description="preferences per step, all workers together; with millions of them, or a GPU, take more"
+    )
+    learning_rate: PositiveFloat = 2e-3
     weight_decay: NotNegative = 1e-4
     ema_decay: Fraction = 0.995
-    checkpoint_every_steps: Positive = 200
+    checkpoint_every_steps: Positive = 1000
     sampling_steps: Positive = 8
     sampler: Literal["ddim", "dpmsolver++"] = "ddim"
     guidance: NotNegative = Field(1.0, description="classifier-free guidance weight; 1 = none")
