@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ctd_scale.baselines.names import DISCRETE
+from ctd_scale.baselines.names import DISCRETE, TRAINED
 from ctd_scale.baselines.train import MAKERS, WEIGHTS, restore, scorer_of, train_loop
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig, validate_config
@@ -123,3 +123,7 @@ def test_the_best_epoch_is_kept_and_training_stops_without_progress(
     assert len(seen) == 4
     for key, values in kept.items():
         torch.testing.assert_close(values, seen[1][key])
+
+
+def test_whatever_is_said_to_be_trained_has_a_maker() -> None:
+    assert tuple(MAKERS) == TRAINED
