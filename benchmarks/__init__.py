@@ -3,7 +3,7 @@
 `python -m benchmarks.bench_NAME --size small|full --json PATH`
 """
 
-import os
+from ctd_scale import environment
 
-# As for Ray's workers: large pages for fresh memory, for ours and rivals alike. Torch reads it when it is imported.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# As for Ray's workers, for ours and rivals alike.
+environment.set_defaults()

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ctd_scale import environment
 from ctd_scale.artifacts import Run
 from ctd_scale.cli_bench import bench
 from ctd_scale.cli_index import index
@@ -323,6 +324,7 @@ def show_examples(run: Run, users: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: an error that a user can mend is one message and exit status 2, never a traceback."""
+    environment.set_defaults()
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="ctd")
     except (ValueError, TrainingError) as error:

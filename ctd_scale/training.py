@@ -31,7 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ctd_scale import checkpoints
+from ctd_scale import checkpoints, environment
 from ctd_scale.artifacts import Run, write_text
 from ctd_scale.config_resources import StageResources
 from ctd_scale.terminal import TrainingError, console
@@ -54,8 +54,7 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # A busy machine imports torch in more than the minute that Ray Train grants its workers.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
-    # Fresh memory in large pages: with small ones, a training step on 200,000 rows spent half its time on page faults.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    environment.set_defaults()
     # A worker waits in `report` until its previous checkpoint was polled: by default up to two seconds each.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}

@@ -1,0 +1,49 @@
+"""What libraries read of the environment is set before they are loaded, and what a user has set stays."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ctd_scale import environment
+
+SET = "THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT"
+DOCKERFILE = Path(__file__).resolve().parents[2] / "cluster" / "Dockerfile"
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SET:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+
+
+def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    environment.set_defaults()
+    assert os.environ["GOMP_SPINCOUNT"] == "5"
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+
+
+def test_the_command_sets_it_before_torch_is_loaded() -> None:
+    script = (
+        "import os, sys\nfrom ctd_scale.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        f"print('torch' in sys.modules, *(os.environ.get(name) for name in {SET}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False 1 1000"
+
+
+def test_the_image_sets_the_same() -> None:
+    before = dict(os.environ)
+    environment.set_defaults()
+    found = dict(re.findall(r"([A-Z_]+)=(\S+)", "\n".join(re.findall(r"^ENV (.*)$", DOCKERFILE.read_text(), re.M))))
+    wanted = {name: value for name, value in os.environ.items() if name not in before}
+    assert wanted.keys() == set(SET)
+    assert wanted.items() <= found.items()
