@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
+from scipy.optimize import minimize
+from scipy.special import log_softmax
 
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import InteractionLog, Preferences, Ranking, Split, save_rankings
@@ -25,6 +26,18 @@ from ctd_scale.recommender import (
 from ctd_scale.retrieval.hybrid import hybrid_scores
 from ctd_scale.terminal import console
 
+NOTHING = Ranking(0.0, 0.0, 0.0)
+# What each kind of ranking weighs beside the preference, from what costs least.
+KINDS: dict[str, tuple[str, ...]] = {
+    "preference": (),
+    "fused_graph": ("graph",),
+    "fused_draws": ("draws",),
+    "fused_error": ("error",),
+    "fused_both": ("draws", "error"),
+    "fused_all": ("graph", "draws", "error"),
+}
+# On squared weights of terms at unit spread: it keeps them finite where a term always puts the withheld item first.
+RIDGE = 1e-4
 INPUTS = ("interactions", "models/llm", "preferences", "models/diffusion", "index")
 
 
@@ -62,7 +75,7 @@ def scored_pools(
 
 
 def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
-    """interactions, preferences, models, index -> ranking (named weights, chosen by NDCG@10 on validation)."""
+    """interactions, preferences, models, index -> ranking (named weights, fitted on validation)."""
     artifacts = {name: run.fetch(name) for name in INPUTS}
     for artifact in artifacts.values():
         run.require_made_from(artifact, *(other for other in artifacts.values() if other is not artifact))
@@ -87,48 +100,26 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
         save_rankings(rankings, folder)
     full = rankings["full_text"]
     console.print(
-        f"  ranking: preference + {full.graph:.3g} x graph + {full.draws:g} x draws - {full.error:g} x error, "
+        f"  ranking: preference + {full.graph:.3g} x graph + {full.draws:.3g} x draws - {full.error:.3g} x error, "
         f"text factor {full.pi:g}",
         highlight=False,
     )
 
 
 def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[str, Ranking], dict[str, float]]:
-    """Every named ranking and its validation NDCG@10. Within a kind the best weight wins, of equals the smallest.
+    """Every named ranking and its validation NDCG@10. The weights of a kind are fitted (`fitted_ranking`).
 
     `full`, which is served, is the cheapest kind within one standard error of the best: the preference alone, then
     with what the graph says of the history, with draws, with the denoiser's error of every candidate, with both of
-    these, with all. `full_text` adds a text factor by that rule. Of all three the graph's weight is chosen first, then
-    the other two beside it, then the graph's again: a grid of all would find more of what is chance.
+    these, with all. `full_text` adds the text factor with the best NDCG@10, by that rule.
     """
-    evaluation = config.evaluation
-    draws = [0.0, *(weight for weight in evaluation.draws_weights if weight)]
-    errors = [0.0, *(weight for weight in evaluation.error_weights if weight)]
-    unit = graph_unit(pools)
-    graphs = [0.0, *(weight * unit for weight in evaluation.graph_weights if weight)]
-
-    def best(candidates: Iterable[Ranking]) -> Ranking:
-        return max(candidates, key=lambda ranking: pool_ndcg(pools, ranking))
-
-    def fused(draws: Sequence[float], errors: Sequence[float], graphs: Sequence[float]) -> Ranking:
-        return best(Ranking(1.0, d, e, graph=g) for d, e, g in product(draws, errors, graphs))
-
-    fused_graph = fused([0.0], [0.0], graphs)
-    beside = fused(draws, errors, [fused_graph.graph])
-    kinds = {
-        "preference": Ranking(1.0, 0.0, 0.0),
-        "fused_graph": fused_graph,
-        "fused_draws": fused(draws, [0.0], [0.0]),
-        "fused_error": fused([0.0], errors, [0.0]),
-        "fused_both": fused(draws, errors, [0.0]),
-        "fused_all": fused([beside.draws], [beside.error], graphs),
-    }
+    kinds = {name: fitted_ranking(pools, terms) for name, terms in KINDS.items()}
     full = cheapest_as_good(pools, list(kinds.values()))
-    spoken = best(replace(full, pi=pi) for pi in evaluation.text_factors)
+    spoken = max(
+        (replace(full, pi=pi) for pi in config.evaluation.text_factors), key=lambda each: pool_ndcg(pools, each)
+    )
     rankings = {
-        "graph": Ranking(0.0, 0.0, 0.0, graph=1.0),
-        "draws": Ranking(0.0, 1.0, 0.0),
-        "error": Ranking(0.0, 0.0, 1.0),
+        **{name: _only(name) for name in ("graph", "draws", "error")},
         **kinds,
         "full": full,
         "full_text": cheapest_as_good(pools, [full, spoken]),
@@ -136,21 +127,57 @@ def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[st
     return rankings, {name: round(pool_ndcg(pools, ranking), 6) for name, ranking in rankings.items()}
 
 
-def graph_unit(pools: list[ScoredPool]) -> float:
-    """By what the graph's scores are multiplied to vary as the preference's do, over all candidates."""
-    real = [each.pool.ids >= 0 for each in pools]
-    spreads = [
-        float(np.concatenate([getattr(each.pool, name)[some] for each, some in zip(pools, real, strict=True)]).std())
-        for name in ("cosines", "graph_scores")
-    ]
-    return spreads[0] / spreads[1] if spreads[1] else 1.0
+def fitted_ranking(pools: list[ScoredPool], terms: Sequence[str]) -> Ranking:
+    """Weights of the preference and the `terms` of `Ranking` by the conditional logit (McFadden, 1974).
+
+    The score of a candidate is `w . x`, x the terms; a softmax over a user's pool makes it the probability of the
+    withheld item, whose log is maximised over all users, w >= 0. Every user whose item is in the pool counts, not only
+    those in whom it comes near the first ten: fitted on half of the users, such weights rank the other half better than
+    those with the best NDCG@10 do. In the end the preference weighs one, unless it weighs nothing.
+    """
+    names = ("preference", *terms)
+    parts = []
+    for each in pools:
+        here, real = each.pool.ids == each.targets[:, None], each.pool.ids >= 0
+        some = here.any(axis=1)
+        scores = np.stack([fused_scores(each.pool, each.errors, _only(name)) for name in names], axis=-1)
+        parts.append((np.where(real[..., None], scores, 0.0)[some], real[some], here[some].argmax(axis=1)))
+    users = sum(len(targets) for _, _, targets in parts)
+    if not terms or not users:
+        return _only("preference")
+    spread = np.concatenate([scores[real] for scores, real, _ in parts]).std(axis=0)
+    unit = np.where(spread > 0, spread, 1.0)
+
+    def loss(weights: Float64[ndarray, "terms"]) -> tuple[float, Float64[ndarray, "terms"]]:
+        """Negative mean log-probability and its gradient, in weights of the terms at unit spread."""
+        value, slope = RIDGE * float(weights @ weights), 2 * RIDGE * weights
+        for scores, real, targets in parts:
+            scaled = scores / unit
+            log_probs = log_softmax(np.where(real, scaled @ weights, -np.inf), axis=1)
+            rows = np.arange(len(targets))
+            expected = (np.exp(log_probs)[..., None] * scaled).sum(axis=1)
+            value -= float(log_probs[rows, targets].sum()) / users
+            slope = slope - (scaled[rows, targets] - expected).sum(axis=0) / users
+        return value, slope
+
+    bounds = [(0, None)] * len(names)
+    fitted = minimize(loss, np.ones(len(names)), jac=True, bounds=bounds, method="L-BFGS-B").x / unit
+    if not fitted.any():  # nothing tells the withheld items apart
+        return _only("preference")
+    fitted = fitted / (fitted[0] or fitted.max())
+    # No more digits than the fit is good for: another machine finds the same ones.
+    return replace(NOTHING, **{name: float(f"{weight:.3g}") for name, weight in zip(names, fitted, strict=True)})
+
+
+def _only(name: str) -> Ranking:
+    return replace(NOTHING, **{name: 1.0})
 
 
 def cheapest_as_good(pools: list[ScoredPool], rankings: Sequence[Ranking]) -> Ranking:
     """The first of `rankings`, in order of cost, whose NDCG@10 is at most one standard error below the best one's.
 
-    The standard error is that of the mean difference over the same users. A grid of more weights always looks better
-    on the users that chose it; less than its noise is no reason to pay for it.
+    The standard error is that of the mean difference over the same users. More weights always look better on the users
+    that chose them; less than their noise is no reason to pay for them.
     """
     gains = [pool_gains(pools, ranking) for ranking in rankings]
     best = max(gains, key=lambda each: float(each.mean()))

@@ -278,15 +278,6 @@ class EvaluationConfig(Section):
     report_unmasked: bool = Field(False, description="also write the table with seen items kept")
     chunk_users: Positive = 256
     calibration_users: Positive = Field(5000, description="validation users that choose the fusion weights")
-    draws_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
-        0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0,
-    )  # fmt: skip
-    graph_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = Field(
-        (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0), description="1: varies as much as the preference's score"
-    )
-    error_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
-        0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0,
-    )  # fmt: skip
     text_factors: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 

@@ -1,4 +1,4 @@
-"""Calibration: what it measures is what is served, and it finds the planted weight."""
+"""Calibration: what it measures is what is served, and it finds the planted weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 from small_pools import RANKINGS, USERS, errors_of, pool_of, step, users
 
 from ctd_scale.batches import Ranking
-from ctd_scale.calibrate import ScoredPool, cheapest_as_good, choose_rankings, graph_unit, pool_gains, pool_ndcg
+from ctd_scale.calibrate import ScoredPool, cheapest_as_good, choose_rankings, fitted_ranking, pool_gains, pool_ndcg
 from ctd_scale.config import RunConfig
 from ctd_scale.metrics import ranks_in_lists
+from ctd_scale.recommender import fused_scores
 
 
 def scored(seed: int, texts: list[str], targets: list[int]) -> ScoredPool:
@@ -50,24 +52,79 @@ def known_pools(kind: str) -> list[ScoredPool]:
     return found
 
 
-def test_calibration_finds_the_planted_weight() -> None:
+def test_what_one_term_alone_knows_is_found() -> None:
     rankings, ndcg = choose_rankings(known_pools("error"), RunConfig())
-    assert rankings["fused_error"] == Ranking(1.0, 0.0, 4.0)
-    assert rankings["full"].error == 4.0, "the largest weight on offer"
     assert rankings["error"] == Ranking(0.0, 0.0, 1.0)
     assert ndcg["error"] == 1
+    assert ndcg["fused_error"] > 0.99
+    assert rankings["full"] == rankings["fused_error"], "nothing that costs more is better"
     assert ndcg["full"] > ndcg["fused_draws"] >= ndcg["preference"]
     rankings, ndcg = choose_rankings(known_pools("draws"), RunConfig())
-    assert rankings["fused_draws"] == Ranking(1.0, 4.0, 0.0)
-    assert rankings["full"].draws == 4.0
-    pools = known_pools("graph")
-    rankings, ndcg = choose_rankings(pools, RunConfig())
-    assert rankings["fused_graph"] == Ranking(1.0, 0.0, 0.0, graph=4.0 * graph_unit(pools))
-    assert rankings["full"] == rankings["fused_graph"], "nothing that costs more is better"
+    assert rankings["full"] == rankings["fused_draws"]
+    assert ndcg["full"] > 0.95
+    rankings, ndcg = choose_rankings(known_pools("graph"), RunConfig())
+    assert rankings["full"] == rankings["fused_graph"]
     assert ndcg["graph"] == 1
     rankings, ndcg = choose_rankings(known_pools("preference"), RunConfig())
     assert ndcg["preference"] == 1
     assert rankings["full_text"] == Ranking(1.0, 0.0, 0.0, pi=0.0), "of equals, the smallest weights"
+
+
+def drawn_pools(ranking: Ranking, sharpness: float, count: int) -> list[ScoredPool]:
+    """Targets drawn from the softmax over a pool of `sharpness` times the ranking's score."""
+    found, random = [], np.random.default_rng(0)
+    for seed in range(count):
+        each = scored(seed, [""] * USERS, [0] * USERS)
+        scores = sharpness * fused_scores(each.pool, each.errors, ranking)
+        drawn = (scores + random.gumbel(size=scores.shape)).argmax(axis=1)
+        found.append(replace(each, targets=each.pool.ids[np.arange(USERS), drawn]))
+    return found
+
+
+def log_probability(pools: list[ScoredPool], ranking: Ranking) -> float:
+    """Of the withheld items, at the best of many sharpnesses."""
+    found = []
+    for sharpness in np.geomspace(0.5, 50, 60):
+        total = 0.0
+        for each in pools:
+            log_probs = log_softmax(sharpness * fused_scores(each.pool, each.errors, ranking), axis=1)
+            total += float(log_probs[each.pool.ids == each.targets[:, None]].sum())
+        found.append(total)
+    return max(found)
+
+
+def test_the_fit_finds_the_weights_by_which_items_were_drawn() -> None:
+    wanted = Ranking(1.0, 0.6, 0.8, graph=0.5)
+    found = fitted_ranking(drawn_pools(wanted, 8.0, 300), ("graph", "draws", "error"))
+    assert (found.preference, found.pi) == (1.0, 0.0)
+    assert (found.graph, found.draws, found.error) == pytest.approx((0.5, 0.6, 0.8), rel=0.25)
+
+
+def test_no_other_weights_make_the_withheld_items_more_probable() -> None:
+    pools = drawn_pools(Ranking(1.0, 0.6, 0.8, graph=0.5), 8.0, 30)
+    found = fitted_ranking(pools, ("graph", "error"))
+    best = log_probability(pools, found)
+    for term in ("graph", "error"):
+        for factor in (0.8, 1.25):
+            other = replace(found, **{term: factor * getattr(found, term)})
+            assert log_probability(pools, other) < best, f"{term} times {factor}"
+
+
+def test_a_term_that_says_nothing_or_the_opposite_weighs_little() -> None:
+    pools = drawn_pools(Ranking(1.0, 0.0, 0.0), 8.0, 300)
+    found = fitted_ranking(pools, ("graph", "draws", "error"))
+    assert max(found.graph, found.draws, found.error) < 0.2
+    against = drawn_pools(Ranking(1.0, 0.0, -1.0), 8.0, 30)
+    assert fitted_ranking(against, ("error",)) == Ranking(1.0, 0.0, 0.0)
+
+
+def test_terms_that_are_all_wrong_leave_the_preference() -> None:
+    assert fitted_ranking(drawn_pools(Ranking(-1.0, 0.0, -1.0), 8.0, 30), ("error",)) == Ranking(1.0, 0.0, 0.0)
+
+
+def test_without_a_withheld_item_in_a_pool_the_preference_decides() -> None:
+    nowhere = [replace(each, targets=np.full(USERS, -2)) for each in known_pools("error")]
+    assert fitted_ranking(nowhere, ("graph", "draws", "error")) == Ranking(1.0, 0.0, 0.0)
 
 
 def test_what_is_within_one_standard_error_is_not_paid_for() -> None:

@@ -71,6 +71,6 @@ def test_a_baseline_is_trained_again_only_for_what_it_reads(run: Run) -> None:
         (folder / "file.txt").write_text("content")
     keys = [
         stage_hash(stage_named("sasrec"), run, load_config("debug", overrides))
-        for overrides in ([], ["evaluation.graph_weights=[0.0, 3.0]"], ["evaluation.mask_seen=false"])
+        for overrides in ([], ["evaluation.text_factors=[0.0, 3.0]"], ["evaluation.mask_seen=false"])
     ]
     assert keys[0] == keys[1] != keys[2]
