@@ -165,7 +165,7 @@ def fitted_ranking(pools: list[ScoredPool], terms: Sequence[str]) -> Ranking:
     if not fitted.any():  # nothing tells the withheld items apart
         return _only("preference")
     fitted = fitted / (fitted[0] or fitted.max())
-    # No more digits than the fit is good for: another machine finds the same ones.
+    # No more digits than the fit is good for.
     return replace(NOTHING, **{name: float(f"{weight:.3g}") for name, weight in zip(names, fitted, strict=True)})
 
 
