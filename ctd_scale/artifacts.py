@@ -266,6 +266,17 @@ class Run:
             filesystem.put_file(str(path), target)
 
 
+def link_artifact(name: str, source: Run, target: Run) -> None:
+    """Publish what `source` has in `target`, too, by hard links instead of a copy: published files are never written
+    to. Both must be local and on one file system."""
+    aside = target.root / ".staging" / f"{name.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
+    try:
+        shutil.copytree(source.root / name, aside, copy_function=os.link)
+        _replace_folder(aside, target.root / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:

@@ -194,7 +194,8 @@ def pool_ndcg(pools: list[ScoredPool], ranking: Ranking, k: int = 10) -> float:
 
 
 def pool_gains(pools: list[ScoredPool], ranking: Ranking, k: int = 10) -> Float64[ndarray, "_"]:
-    """NDCG@k of every user; a target outside its pool counts 0. The first k never leave the pool."""
+    """NDCG@k of every user; a target outside its pool counts 0. The first k never leave the pool, whose order decides
+    between equal scores, as where answers are ranked."""
     gains = []
     for each in pools:
         scores = fused_scores(each.pool, each.errors, ranking)
@@ -202,7 +203,8 @@ def pool_gains(pools: list[ScoredPool], ranking: Ranking, k: int = 10) -> Float6
             scores = hybrid_scores(scores, _matched(each.pool), ranking.pi)
         here = each.pool.ids == each.targets[:, None]
         target = np.where(here, scores, -np.inf).max(axis=1, keepdims=True)
-        rank = (scores > target).sum(axis=1) + 1
+        before = np.arange(scores.shape[1]) < here.argmax(axis=1)[:, None]
+        rank = ((scores > target) | ((scores == target) & before)).sum(axis=1) + 1
         gains.append(np.where(here.any(axis=1) & (rank <= k), 1 / np.log2(rank + 1), 0.0))
     return np.concatenate(gains)
 

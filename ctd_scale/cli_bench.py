@@ -42,6 +42,37 @@ def quality(
     console.print(f"written: {out}", highlight=False)
 
 
+@bench.command()
+def ablation(
+    data: Annotated[str, typer.Option("--data", "-d", help="shipped config of a set, or TOML file")],
+    without: Annotated[str, typer.Option(help="names, separated by commas; default: all")] = "",
+    models: Annotated[str, typer.Option(help="of the chain, separated by commas")] = "preference,draws,error,"
+    "fused_both,full",
+    seeds: Annotated[int, typer.Option(help="how many, from 0")] = 1,
+    storage: StorageOption = "runs/quality",
+    data_dir: DataDirOption = None,
+    out: Annotated[Path, typer.Option(help="Markdown; .json and .png go beside it")] = Path("ablation.md"),
+    overrides: SetOption = None,
+) -> None:
+    """Train and rank the chain without one of its parts at a time; goes on where it was interrupted."""
+    from ctd_scale.ablation import ABLATIONS, ablate
+    from ctd_scale.quality import as_json
+    from ctd_scale.quality_report import show, write_quality
+
+    chosen = [*(overrides or ()), *([f"interactions.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
+    parts = [name.strip() for name in without.split(",") if name.strip()] or list(ABLATIONS)
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    rows = as_json(ablate(data, parts, names, range(seeds), storage, chosen))
+    show(rows)
+    said = "".join(f" --set {override}" for override in overrides or ())
+    command = (
+        f"ctd bench ablation --data {Path(data).stem} --without {','.join(parts)} --models {','.join(names)} "
+        f"--seeds {seeds}{said}"
+    )
+    write_quality(rows, out, command, "Ablations")
+    console.print(f"written: {out}", highlight=False)
+
+
 @bench.command("serve")
 def bench_serve(
     run: RunOption,

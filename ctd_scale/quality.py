@@ -99,7 +99,7 @@ def compare(
     if not reference:
         scores = {name: _mean(measured, name, "validation") for name in models}
         reference = max(models, key=lambda name: scores[name])
-    return [_row(measured, protocol, name, split, list(seeds), reference) for split in SPLITS for name in models]
+    return [row_of(measured, protocol, name, split, list(seeds), reference) for split in SPLITS for name in models]
 
 
 def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured]:
@@ -201,7 +201,7 @@ def _mean(measured: Iterable[Measured], model: str, split: Split) -> float:
     return float(np.mean([each.metrics[METRIC] for each in measured if (each.model, each.split) == (model, split)]))
 
 
-def _row(
+def row_of(
     measured: Sequence[Measured], protocol: Mapping[str, Any], model: str, split: Split, seeds: list[int], against: str
 ) -> Row:
     own = [each for each in measured if (each.model, each.split) == (model, split)]

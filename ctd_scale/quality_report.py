@@ -29,24 +29,24 @@ def merged(file: Path, rows: Sequence[dict[str, Any]], command: str) -> list[dic
     return [*(row for row in old if tuple(row[key] for key in SAME) not in replaced), *new]
 
 
-def write_quality(rows: Sequence[dict[str, Any]], target: Path, command: str) -> None:
+def write_quality(rows: Sequence[dict[str, Any]], target: Path, command: str, title: str = "Quality") -> None:
     """`target` (.md) with `.json` and `.png` of the same name beside it. Rows of other sets, protocols or models that
     are already there stay."""
     file = target.with_suffix(".json")
     together = merged(file, rows, command)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(together, indent=1) + "\n")
-    write_text(target, markdown(together, target.with_suffix(".png").name))
+    write_text(target, markdown(together, target.with_suffix(".png").name, title))
     draw(together, target.with_suffix(".png"))
 
 
-def markdown(rows: Sequence[dict[str, Any]], picture: str) -> str:
+def markdown(rows: Sequence[dict[str, Any]], picture: str, title: str = "Quality") -> str:
     """One section a set and protocol; test first, then what validation said."""
-    lines = ["# Quality", "", f"![NDCG@10 on test]({picture})", ""]
-    for title, chosen in _grouped(rows).items():
+    lines = [f"# {title}", "", f"![NDCG@10 on test]({picture})", ""]
+    for protocol, chosen in _grouped(rows).items():
         first = chosen[0]
         lines += [
-            f"## {title}",
+            f"## {protocol}",
             "",
             f"{first['users']:,} test users, {first['items']:,} items, all of them ranked; what is "
             "chosen at all is chosen on validation. ± is the standard deviation over the seeds. The last column is "

@@ -26,7 +26,7 @@ from ray.tune.search import BasicVariantGenerator
 from rich.table import Table
 
 from ctd_scale import training
-from ctd_scale.artifacts import Run, write_text
+from ctd_scale.artifacts import Run, link_artifact, write_text
 from ctd_scale.config import ConfigError, RunConfig, load_config, resolve_config
 from ctd_scale.environment import machine, versions
 from ctd_scale.evaluate import rank_baseline
@@ -197,7 +197,7 @@ def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
     made = {name for stage in stages for name in stage.outputs}
     for name in {name for stage in stages for name in stage.inputs} - made:
         if not own.exists(name):
-            shutil.copytree(base.root / name, own.root / name, copy_function=os.link)
+            link_artifact(name, base, own)
     own.write_config(config)
     with training.reporting_to(_EveryValidation()):
         for stage in stages:

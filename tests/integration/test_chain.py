@@ -14,19 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ctd_scale import ablation
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import InteractionLog, Preferences, load_rankings
 from ctd_scale.calibrate import scored_pools
 from ctd_scale.cli import main
+from ctd_scale.config import load_config
 from ctd_scale.evaluate import INPUTS, rank_all
 from ctd_scale.metrics import ranks_in_lists
+from ctd_scale.pipeline import STAGES
 from ctd_scale.ranking import load_ranks
 from ctd_scale.recommender import load_density, load_retrieve
 
 pytestmark = pytest.mark.slow
 
 TIMEOUT = 600
-STAGES = 9
 KILLED_IN = {"graph": "embeddings", "llm": "models/llm", "diffusion": "models/diffusion"}
 
 
@@ -92,7 +94,7 @@ def test_a_stage_that_was_killed_ends_with_the_same_model(chains: Path, artifact
 def test_what_follows_a_resumed_stage_does_not_run_again(chains: Path) -> None:
     """It would, had the stage ended with other weights."""
     said = (chains / "killed.log").read_text()
-    assert said.count("unchanged") == STAGES - 1, said
+    assert said.count("unchanged") == len(STAGES) - 1, said
 
 
 def test_every_model_of_the_table_is_ranked_on_both_splits(chains: Path) -> None:
@@ -136,7 +138,7 @@ def test_the_ranks_are_those_of_lists_of_the_whole_catalogue(chains: Path, mask_
 
 
 def test_a_second_run_changes_nothing_and_a_damaged_artifact_is_made_again(chains: Path) -> None:
-    assert run_chain(chains, "whole").count("unchanged") == STAGES
+    assert run_chain(chains, "whole").count("unchanged") == len(STAGES)
     index = chains / "whole" / "index" / "vectors.npy"
     damaged = bytearray(index.read_bytes())
     damaged[-1] ^= 1
@@ -145,6 +147,50 @@ def test_a_second_run_changes_nothing_and_a_damaged_artifact_is_made_again(chain
     assert "was changed after it was published" in said.replace("\n", " ")
     assert said.count("unchanged") >= 6
     assert rows(chains / "whole") == rows(chains / "killed")
+
+
+@pytest.mark.parametrize(
+    ("override", "missing"),
+    [
+        ("diffusion.contrastive_weight=0", {"models/diffusion", "ranking", "metrics"}),
+        ("llm.recency=false", {"models/llm", "preferences", "index", "models/diffusion", "ranking", "metrics"}),
+        ("evaluation.calibration_users=9", {"ranking", "metrics"}),
+    ],
+)
+def test_an_ablation_borrows_all_that_it_does_not_change(chains: Path, override: str, missing: set[str]) -> None:
+    base, own = Run.open(chains / "whole"), Run(str(chains), f"without-{override}")
+    ablation.borrow(own, base, load_config("debug", [override]))
+    outputs = [name for stage in STAGES for name in stage.outputs]
+    assert {name for name in outputs if own.manifest(name) is None} == missing
+    for name in set(outputs) - missing:
+        assert own.fetch(name).digest == base.fetch(name).digest
+    ablation.borrow(own, base, load_config("debug", []))
+    assert all(own.manifest(name) == base.manifest(name) for name in outputs)
+
+
+def test_an_ablation_is_compared_with_the_same_model_of_the_whole_chain(
+    chains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(chains / "whole", tmp_path / "debug-0")
+    monkeypatch.setitem(ablation.ABLATIONS, "few_users", ("evaluation.calibration_users=9",))
+    out = tmp_path / "ablation.md"
+    options = ["--models", "preference,fused_both", "--storage", str(tmp_path), "--out", str(out)]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "ablation", "-d", "debug", "--without", "few_users", *options])
+    assert not end.value.code
+    said = capsys.readouterr().out
+    assert said.count("▶") == 2, said
+    rows = {(row["model"], row["split"]): row for row in json.loads(out.with_suffix(".json").read_text())}
+    assert len(rows) == 8
+    for split in ("validation", "test"):
+        # Other users choose other weights; the preference has none.
+        assert rows["few_users: preference", split]["interval"] == [0, 0]
+        changed, whole = rows["few_users: fused_both", split], rows["fused_both", split]
+        assert changed["reference"] == "fused_both"
+        assert changed["difference"] == pytest.approx(changed["mean"]["ndcg@10"] - whole["mean"]["ndcg@10"])
+    with pytest.raises(SystemExit):
+        main(["bench", "ablation", "-d", "debug", "--without", "no_users", *options])
+    assert "no_users" in capsys.readouterr().err
 
 
 def test_recommend_prints_the_object_of_the_endpoint(chains: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ctd_scale import artifacts
-from ctd_scale.artifacts import MAKERS, SCHEMA_VERSION, Artifact, ArtifactError, Run
+from ctd_scale.artifacts import MAKERS, SCHEMA_VERSION, Artifact, ArtifactError, Run, link_artifact
 from ctd_scale.config import RunConfig
 
 
@@ -81,6 +81,16 @@ def test_a_second_publication_replaces_the_first_whole(run: Run) -> None:
         (folder / "c.txt").write_text("new")
     assert sorted(path.name for path in run.fetch("models/llm").path.iterdir()) == ["c.txt", "manifest.json"]
     assert not (stored(run) / "models" / "llm" / "a.txt").exists()
+
+
+def test_what_is_linked_outlives_another_publication_of_its_source(tmp_path: Path) -> None:
+    base, own = Run(str(tmp_path), "base"), Run(str(tmp_path), "own")
+    first = publish(base).digest
+    for _ in range(2):  # the second takes the place of the first
+        link_artifact("models/llm", base, own)
+    second = publish(base, content="two").digest
+    assert (own.fetch("models/llm").digest, base.fetch("models/llm").digest) == (first, second)
+    assert not list((own.root / ".staging").iterdir())
 
 
 def test_nothing_is_left_in_the_way(run: Run) -> None:

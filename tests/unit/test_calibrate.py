@@ -36,6 +36,19 @@ def test_calibration_measures_the_list_that_is_served(ranking: Ranking) -> None:
     assert pool_ndcg(pools, ranking) > 0
 
 
+def test_of_equal_scores_those_count_that_are_served_first() -> None:
+    """As what the graph says of items that nobody chose: counted for the target, such a ranking would look perfect."""
+    nothing = Ranking(0.0, 0.0, 0.0)
+    each = scored(0, [""] * USERS, [0] * USERS)
+    ids, _ = step(0).rank(each.pool, each.errors, nothing, 10)
+    for column in range(each.pool.ids.shape[1]):
+        targets = each.pool.ids[:, column]
+        targets = np.where(targets >= 0, targets, each.pool.ids[:, 0])  # where a pool has fewer
+        ranks = ranks_in_lists(ids, targets)
+        served = np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0)
+        assert pool_gains([replace(each, targets=targets)], nothing) == pytest.approx(served)
+
+
 def known_pools(kind: str) -> list[ScoredPool]:
     """Targets that only one term knows: the item with the least error, or the nearest to the preference or draws."""
     found = []
