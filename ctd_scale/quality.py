@@ -24,9 +24,10 @@ from ctd_scale.baselines.scorers import SCORERS, trained_artifact
 from ctd_scale.baselines.train import load_model
 from ctd_scale.batches import SPLITS, InteractionLog, Split
 from ctd_scale.config import ConfigError, RunConfig, load_config
+from ctd_scale.ensemble import load_ensemble
 from ctd_scale.evaluate import METRICS, protocol_of, rank_baseline
 from ctd_scale.pipeline import Stage, run_pipeline, run_with_inputs
-from ctd_scale.ranking import beyond_accuracy, load_ranks, ndcg_gains, save_ranks
+from ctd_scale.ranking import beyond_accuracy, load_ranks, ndcg_gains, rank_targets, save_ranks
 from ctd_scale.terminal import console
 
 # Of the chain; `full_text` only where texts are generated.
@@ -34,8 +35,11 @@ CHAIN = (
     *("single_draw", "draws", "error", "graph", "preference"),
     *("fused_graph", "fused_draws", "fused_error", "fused_both", "fused_all", "full", "full_text"),
 )
+# The preferences of two seeds, averaged: what is gained by a second model that is no denoiser.
+PAIR = "two_preferences"
 RESAMPLES = 2000
 ID_USERS = 500  # whose histories tell how many beams are items without the trie
+PREFERENCE_STAGES = ("embeddings", "models/tokenizer", "models/llm")  # what trains before a preference is read
 RANKS, ROWS = "ranks-{split}.parquet", "rows.json"
 METRIC = "ndcg@10"
 
@@ -81,21 +85,30 @@ def compare(
 ) -> list[Row]:
     """Train and rank what is missing, then the rows of one set. `reference` "" is the best on validation.
 
-    Raises ConfigError: an unknown model, or a reference that is not among the models.
+    Raises ConfigError: an unknown model, one that needs two seeds where there is one, or a reference that is not among
+    the models.
     """
-    unknown = [name for name in (*models, *filter(None, [reference])) if name not in (*SCORERS, *CHAIN)]
+    known = (*SCORERS, *CHAIN, PAIR)
+    unknown = [name for name in (*models, *filter(None, [reference])) if name not in known]
     if unknown:
-        raise ConfigError(f"no model {unknown[0]!r}; models: {', '.join((*SCORERS, *CHAIN))}")
+        raise ConfigError(f"no model {unknown[0]!r}; models: {', '.join(known)}")
+    if PAIR in models and len(seeds) < 2:
+        raise ConfigError(f"{PAIR} averages two seeds; give --seeds 2 or more")
     if reference and reference not in models:
         raise ConfigError(f"the reference {reference!r} is not among the models {', '.join(models)}")
     measured: list[Measured] = []
     protocol: dict[str, Any] = {}
+    runs: list[tuple[Run, RunConfig]] = []
     for seed in seeds:
         config = load_config(dataset, [*overrides, f"seed={seed}"])
         run = Run(storage, f"{Path(dataset).stem}-{seed}")
         console.print(f"{dataset}, seed {seed}: [bold]{run.url}[/]", highlight=False)
         measured += measure(run, config, models)
         protocol = protocol_of(run.fetch("interactions"), config, config.evaluation.mask_seen)
+        runs.append((run, config))
+    if PAIR in models:
+        for (run, config), (other, _) in zip(runs, [*runs[1:], runs[0]], strict=True):
+            measured += measure_pair(run, other, config)
     if not reference:
         scores = {name: _mean(measured, name, "validation") for name in models}
         reference = max(models, key=lambda name: scores[name])
@@ -106,13 +119,43 @@ def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured
     """Everything about the models of one run; what it lacks is made."""
     run.write_config(config)
     chain = [name for name in models if name in CHAIN]
-    if chain:
+    if chain or PAIR in models:
         run_pipeline(run, config)
     found = _measured(run, config, "metrics", chain) if chain else []
     baselines = [name for name in models if name in SCORERS]
     run_with_inputs(map(rank_stage, baselines), run, config)
     for name in baselines:
         found += _measured(run, config, f"ranks/{name}", [name])
+    return found
+
+
+def measure_pair(run: Run, other: Run, config: RunConfig) -> list[Measured]:
+    """The preferences of two finished runs, averaged, as a model of the first one's seed; its cost is that of both."""
+    log = InteractionLog.load(run.fetch("interactions").path)
+    costs = [_cost(each.fetch(name)) for each in (run, other) for name in PREFERENCE_STAGES]
+    known = [cost for cost in costs if cost]
+    found = []
+    for split in SPLITS:
+        ranks = rank_targets(
+            log,
+            load_ensemble((run, other), config, split),
+            split,
+            mask_seen=config.evaluation.mask_seen,
+            chunk_users=config.evaluation.chunk_users,
+        )
+        metrics = {**ranks.summary(log.num_items), **beyond_accuracy(log, split, ranks)}
+        found.append(
+            Measured(
+                PAIR,
+                split,
+                config.seed,
+                {key: metrics.get(key) for key in (*METRICS, "seconds")},
+                round(sum(cost["training_seconds"] for cost in known), 1) if known else None,
+                max(cost["peak_memory_mb"] for cost in known) if known else None,
+                None,
+                ranks.gains(),
+            )
+        )
     return found
 
 
@@ -187,7 +230,7 @@ def _cost(artifact: Artifact) -> dict[str, float]:
 
 def _chain_cost(run: Run) -> dict[str, float]:
     """All stages of the chain that train: their seconds together, the largest memory of one."""
-    costs = [_cost(run.fetch(name)) for name in ("embeddings", "models/tokenizer", "models/llm", "models/diffusion")]
+    costs = [_cost(run.fetch(name)) for name in (*PREFERENCE_STAGES, "models/diffusion")]
     known = [cost for cost in costs if cost]
     if not known:
         return {}

@@ -23,6 +23,7 @@ from ctd_scale.config import load_config
 from ctd_scale.evaluate import INPUTS, rank_all
 from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.pipeline import STAGES
+from ctd_scale.quality import measure_pair
 from ctd_scale.ranking import load_ranks
 from ctd_scale.recommender import load_density, load_retrieve
 
@@ -191,6 +192,15 @@ def test_an_ablation_is_compared_with_the_same_model_of_the_whole_chain(
     with pytest.raises(SystemExit):
         main(["bench", "ablation", "-d", "debug", "--without", "no_users", *options])
     assert "no_users" in capsys.readouterr().err
+
+
+def test_a_preference_averaged_with_itself_ranks_as_it_does(chains: Path) -> None:
+    """With another run's it is the model `two_preferences` of the table."""
+    run = Run.open(chains / "whole")
+    alone = {(row["model"], row["split"]): row for row in rows(run.root)}
+    for pair in measure_pair(run, run, run.read_config()):
+        same = {key: alone["preference", pair.split][key] for key in ("hr@10", "ndcg@10", "mrr")}
+        assert {key: pair.metrics[key] for key in same} == pytest.approx(same, rel=1e-3)
 
 
 def test_recommend_prints_the_object_of_the_endpoint(chains: Path) -> None:
