@@ -56,9 +56,7 @@ def markdown(rows: Sequence[dict[str, Any]], picture: str, title: str = "Quality
         for split in reversed(SPLITS):
             heads = ["model", "seeds", *METRICS, "training s", "memory MB", "ranking s", "NDCG@10 minus"]
             lines += [f"{split.capitalize()}:", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-            ordered = sorted(
-                (row for row in chosen if row["split"] == split), key=lambda row: -float(row["mean"]["ndcg@10"])
-            )
+            ordered = _best_first([row for row in chosen if row["split"] == split])
             lines += ["| " + " | ".join(_cells(row)) + " |" for row in ordered]
             lines.append("")
         discrete = [row for row in chosen if row["ids"] and row["split"] == "test"]
@@ -103,9 +101,10 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     groups = _grouped([row for row in rows if row["split"] == "test"])
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(4.5 * len(groups), 5), squeeze=False)
+    height = max(5.0, 0.2 * max(map(len, groups.values())))
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(4.5 * len(groups), height), squeeze=False)
     for panel, (title, chosen) in zip(panels[0], groups.items(), strict=True):
-        ordered = sorted(chosen, key=lambda row: float(row["mean"]["ndcg@10"]))
+        ordered = _best_first(chosen)[::-1]
         values = [row["mean"]["ndcg@10"] for row in ordered]
         errors = [row["spread"]["ndcg@10"] for row in ordered]
         panel.barh([row["model"] for row in ordered], values, xerr=errors)
@@ -123,6 +122,18 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         seen = "masked" if row["mask_seen"] else "kept"
         groups.setdefault(f"{row['dataset']}, {row['splitting']}, seen items {seen}", []).append(row)
     return groups
+
+
+def _best_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By NDCG@10; `ablation: model` goes with its model, wherever that comes."""
+    own = {row["model"]: float(row["mean"]["ndcg@10"]) for row in rows}
+
+    def place(row: dict[str, Any]) -> tuple[float, str, float]:
+        name = row["model"]
+        whole = name.rpartition(": ")[2]
+        return -own.get(whole, own[name]), whole, -own[name]
+
+    return sorted(rows, key=place)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

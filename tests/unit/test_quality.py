@@ -33,7 +33,11 @@ def test_the_bootstrap_covers_the_truth_nineteen_times_in_twenty() -> None:
 
 @pytest.mark.parametrize(
     ("models", "reference", "message"),
-    [(["popularity", "oracle"], "", "no model 'oracle'"), (["popularity"], "full", "not among the models")],
+    [
+        (["popularity", "oracle"], "", "no model 'oracle'"),
+        (["popularity"], "full", "not among the models"),
+        (["preference", "two_preferences"], "", "--seeds 2"),
+    ],
 )
 def test_an_unknown_model_is_refused_before_anything_runs(
     models: list[str], reference: str, message: str, tmp_path: Path
@@ -86,3 +90,10 @@ def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(tmp_path: Path) 
     assert "sasrec +0.0200 [-0.0100, +0.0200]" in text
     assert "`tiger`: 4 symbols an item, 812 of them new to the vocabulary; without the trie 25 %" in text
     assert text == markdown(stored, "quality.png")
+
+
+def test_the_best_come_first_and_an_ablation_beside_its_model() -> None:
+    given = [("draws", 0.1), ("less: full", 0.3), ("full", 0.2), ("less: draws", 0.25), ("more: full", 0.1)]
+    rows = [row(model, ndcg, machine="m", versions={"a": "1"}, command="c") for model, ndcg in given]
+    lines = [line.split(" | ")[0][2:] for line in markdown(rows, "none.png").splitlines() if line.startswith("| ")]
+    assert lines[1:6] == ["less: full", "full", "more: full", "less: draws", "draws"]
