@@ -1,4 +1,4 @@
-"""`ctd bench ablation`: the chain without one of its parts at a time, against the whole one.
+"""`ctd bench ablation`: the chain with one of its parts at a time left out or exchanged, against the whole one.
 
 The whole chain is the run that `ctd bench quality` makes, `{storage}/{set}-{seed}`; without a part it is another one
 beside it, which trains what depends on that part alone: all else is linked from the first.

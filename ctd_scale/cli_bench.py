@@ -15,6 +15,14 @@ from ctd_scale.terminal import console
 bench = typer.Typer(help="Measure.", no_args_is_help=True)
 
 
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _overrides(given: list[str] | None, data_dir: str | None) -> list[str]:
+    return [*(given or ()), *([f"interactions.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
+
+
 @bench.command()
 def quality(
     data: Annotated[list[str], typer.Option("--data", "-d", help="shipped config of a set, or TOML file; repeatable")],
@@ -31,8 +39,8 @@ def quality(
     from ctd_scale.quality import as_json, compare
     from ctd_scale.quality_report import show, write_quality
 
-    chosen = [*(overrides or ()), *([f"interactions.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
-    names = [name.strip() for name in models.split(",") if name.strip()]
+    chosen = _overrides(overrides, data_dir)
+    names = _listed(models)
     for dataset in data:
         rows = as_json(compare(dataset, names, range(seeds), storage, chosen, reference))
         show(rows)
@@ -54,14 +62,14 @@ def ablation(
     out: Annotated[Path, typer.Option(help="Markdown; .json and .png go beside it")] = Path("ablation.md"),
     overrides: SetOption = None,
 ) -> None:
-    """Train and rank the chain without one of its parts at a time; goes on where it was interrupted."""
+    """Train and rank the chain with one of its parts left out or exchanged; goes on where it was interrupted."""
     from ctd_scale.ablation import ABLATIONS, ablate
     from ctd_scale.quality import as_json
     from ctd_scale.quality_report import show, write_quality
 
-    chosen = [*(overrides or ()), *([f"interactions.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
-    parts = [name.strip() for name in without.split(",") if name.strip()] or list(ABLATIONS)
-    names = [name.strip() for name in models.split(",") if name.strip()]
+    chosen = _overrides(overrides, data_dir)
+    parts = _listed(without) or list(ABLATIONS)
+    names = _listed(models)
     rows = as_json(ablate(data, parts, names, range(seeds), storage, chosen))
     show(rows)
     said = "".join(f" --set {override}" for override in overrides or ())
