@@ -27,7 +27,7 @@ from ctd_scale.retrieval.hybrid import hybrid_scores
 from ctd_scale.terminal import console
 
 NOTHING = Ranking(0.0, 0.0, 0.0)
-# What each kind of ranking weighs beside the preference, from what costs least.
+# What each kind of ranking weighs beside the preference.
 KINDS: dict[str, tuple[str, ...]] = {
     "preference": (),
     "fused_graph": ("graph",),
@@ -109,12 +109,12 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
 def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[str, Ranking], dict[str, float]]:
     """Every named ranking and its validation NDCG@10. The weights of a kind are fitted (`fitted_ranking`).
 
-    `full`, which is served, is the cheapest kind within one standard error of the best: the preference alone, then
-    with what the graph says of the history, with draws, with the denoiser's error of every candidate, with both of
-    these, with all. `full_text` adds the text factor with the best NDCG@10, by that rule.
+    `full`, which is served, weighs all that is known of a candidate: the preference, what the graph says of the
+    history, the draws and the denoiser's error; a term that says nothing new is fitted to zero and then costs nothing.
+    `full_text` adds the text factor with the best NDCG@10, where that is more than noise.
     """
     kinds = {name: fitted_ranking(pools, terms) for name, terms in KINDS.items()}
-    full = cheapest_as_good(pools, list(kinds.values()))
+    full = kinds["fused_all"]
     spoken = max(
         (replace(full, pi=pi) for pi in config.evaluation.text_factors), key=lambda each: pool_ndcg(pools, each)
     )
@@ -122,7 +122,7 @@ def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[st
         **{name: _only(name) for name in ("graph", "draws", "error")},
         **kinds,
         "full": full,
-        "full_text": cheapest_as_good(pools, [full, spoken]),
+        "full_text": first_as_good(pools, [full, spoken]),
     }
     return rankings, {name: round(pool_ndcg(pools, ranking), 6) for name, ranking in rankings.items()}
 
@@ -173,11 +173,11 @@ def _only(name: str) -> Ranking:
     return replace(NOTHING, **{name: 1.0})
 
 
-def cheapest_as_good(pools: list[ScoredPool], rankings: Sequence[Ranking]) -> Ranking:
-    """The first of `rankings`, in order of cost, whose NDCG@10 is at most one standard error below the best one's.
+def first_as_good(pools: list[ScoredPool], rankings: Sequence[Ranking]) -> Ranking:
+    """The first of `rankings` whose NDCG@10 is at most one standard error below the best one's.
 
-    The standard error is that of the mean difference over the same users. More weights always look better on the users
-    that chose them; less than their noise is no reason to pay for them.
+    The standard error is that of the mean difference over the same users. The best of many always looks better on the
+    users that chose it.
     """
     gains = [pool_gains(pools, ranking) for ranking in rankings]
     best = max(gains, key=lambda each: float(each.mean()))

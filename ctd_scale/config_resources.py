@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ctd_scale.config_section import Positive, Section
 
@@ -14,8 +14,25 @@ class StageResources(Section):
 
     num_workers: Positive = 1
     use_gpu: bool = False
+    gpu_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="of a GPU, for each worker: small trainings, such as the trials of a search, share one"
+    )
     threads_per_worker: Annotated[int, Field(ge=0)] = Field(0, description="0 = cores / workers")
     max_failures: Annotated[int, Field(ge=0)] = 2
+
+    @model_validator(mode="after")
+    def _one_gpu_each(self) -> StageResources:
+        if self.num_workers > 1 and self.gpu_share < 1:
+            raise ValueError(
+                f"gpu_share={self.gpu_share} needs num_workers=1, got {self.num_workers}: NCCL does not join two "
+                "workers on one GPU"
+            )
+        return self
+
+    @property
+    def num_gpus(self) -> float:
+        """What Ray is asked for, for each worker."""
+        return self.gpu_share if self.use_gpu else 0.0
 
 
 class ResourcesConfig(Section):

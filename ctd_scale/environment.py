@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "ray", "numpy", "torch-geometric", "deepspeed", "transformers", "scann", "faiss-cpu")
@@ -20,9 +21,14 @@ def set_defaults() -> None:
 
 
 def machine() -> str:
-    """Cores, memory and architecture; no names."""
+    """Cores, memory, architecture and GPUs; no names."""
+    import torch  # not above: `set_defaults` comes first
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, CPython {platform.python_version()}"
+    cores = f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}"
+    gpus = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    said = [f"{count} x {name}" for name, count in gpus.items()]
+    return ", ".join([cores, *said, f"CPython {platform.python_version()}"])
 
 
 def versions() -> dict[str, str]:

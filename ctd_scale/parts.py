@@ -59,7 +59,7 @@ def write_parts(
             "threads": training.threads_per_worker(resources),
         },
         concurrency=min(resources.num_workers, len(missing)),
-        num_gpus=1 if resources.use_gpu else 0,
+        num_gpus=resources.num_gpus,
         batch_size=1,
     )
     with training.shown_progress(stage, logs):

@@ -102,7 +102,11 @@ def run_training(
             "resources": resources.model_dump(),
             "resume_from": checkpoints.keep_newest(f"{run.checkpoints}/{name}"),
         },
-        scaling_config=ScalingConfig(num_workers=resources.num_workers, use_gpu=resources.use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker={"GPU": resources.num_gpus} if resources.use_gpu else None,
+        ),
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
         run_config=ray.train.RunConfig(
             name=name,

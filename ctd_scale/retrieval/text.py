@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+# Where JAX is installed, bm25s computes with it on import, and JAX then keeps most of a GPU's memory to itself.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import bm25s
 import numpy as np

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from small_pools import RANKINGS, USERS, errors_of, pool_of, step, users
 
 from ctd_scale.batches import Ranking
-from ctd_scale.calibrate import ScoredPool, cheapest_as_good, choose_rankings, fitted_ranking, pool_gains, pool_ndcg
+from ctd_scale.calibrate import ScoredPool, choose_rankings, first_as_good, fitted_ranking, pool_gains, pool_ndcg
 from ctd_scale.config import RunConfig
 from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.recommender import fused_scores
@@ -70,17 +70,18 @@ def test_what_one_term_alone_knows_is_found() -> None:
     assert rankings["error"] == Ranking(0.0, 0.0, 1.0)
     assert ndcg["error"] == 1
     assert ndcg["fused_error"] > 0.99
-    assert rankings["full"] == rankings["fused_error"], "nothing that costs more is better"
+    assert ndcg["full"] > 0.98
     assert ndcg["full"] > ndcg["fused_draws"] >= ndcg["preference"]
     rankings, ndcg = choose_rankings(known_pools("draws"), RunConfig())
-    assert rankings["full"] == rankings["fused_draws"]
     assert ndcg["full"] > 0.95
     rankings, ndcg = choose_rankings(known_pools("graph"), RunConfig())
-    assert rankings["full"] == rankings["fused_graph"]
     assert ndcg["graph"] == 1
+    assert ndcg["full"] > 0.95
+    assert rankings["full"] == rankings["fused_all"]
     rankings, ndcg = choose_rankings(known_pools("preference"), RunConfig())
     assert ndcg["preference"] == 1
-    assert rankings["full_text"] == Ranking(1.0, 0.0, 0.0, pi=0.0), "of equals, the smallest weights"
+    assert rankings["full"].draws < 0.05 > rankings["full"].error, "the preference says it all"
+    assert rankings["full_text"] == rankings["full"], "no text is given"
 
 
 def drawn_pools(ranking: Ranking, sharpness: float, count: int) -> list[ScoredPool]:
@@ -148,4 +149,4 @@ def test_what_is_within_one_standard_error_is_not_paid_for() -> None:
     error = (best - gains).std(axis=1) / np.sqrt(gains.shape[1])
     (close,) = np.nonzero((best - gains).mean(axis=1) <= error)
     assert 0 < close[0] < 5, "neither the cheapest nor the best"
-    assert cheapest_as_good(pools, rankings) == rankings[close[0]]
+    assert first_as_good(pools, rankings) == rankings[close[0]]

@@ -60,6 +60,7 @@ def test_a_file_then_overrides(tmp_path: Path) -> None:
         ("[llm]\nuse_user_tokens = 1\n", "llm.use_user_tokens: Input should be a valid boolean"),
         ("[tokenizer]\nmask_ratio = 1.5\n", "tokenizer.mask_ratio: Input should be less than or equal to 1"),
         ('[llm]\ndtype = "float16"\n', "llm.dtype: Input should be 'auto', 'bfloat16' or 'float32'"),
+        ("[resources.llm]\nnum_workers = 2\ngpu_share = 0.5\n", "gpu_share=0.5 needs num_workers=1, got 2"),
         ('[graph]\nfanout = ["16", 8]\n', "graph.fanout.0: Input should be a valid integer"),
         ("[graph]\nnum_layers = 3\n", "graph.fanout=[16, 8] needs one positive number per layer; graph.num_layers=3"),
         ("[graph]\nfanout = [4, 0]\n", "graph.fanout=[4, 0] needs one positive number per layer"),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ctd_scale import environment
 
@@ -47,3 +48,26 @@ def test_the_image_sets_the_same() -> None:
     wanted = {name: value for name, value in os.environ.items() if name not in before}
     assert wanted.keys() == set(SET)
     assert wanted.items() <= found.items()
+
+
+def test_jax_where_it_is_installed_takes_no_gpu(tmp_path: Path) -> None:
+    """bm25s computes with JAX as soon as it is imported: here with one that says on what."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("")
+    lax = "import os\ndef top_k(values, k): print('JAX on', os.environ.get('JAX_PLATFORMS'))\n"
+    (tmp_path / "jax" / "lax.py").write_text(lax)
+    path = os.pathsep.join([str(tmp_path), str(DOCKERFILE.parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", "import ctd_scale.retrieval.text"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.stdout == "JAX on cpu\n"
+
+
+def test_a_machine_is_said_with_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["H100", "H100", "L4"][index])
+    assert ", 2 x H100, 1 x L4, CPython" in environment.machine()
