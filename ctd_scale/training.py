@@ -40,12 +40,16 @@ OBJECT_STORE_BYTES = 512 * 1024**2
 EXPORT = "export"
 PROGRESS = "progress.json"
 USAGE = "usage.json"
+STARTS = 3  # tries to start Ray
 # Who is told, besides, what workers report (`reporting_to`).
 _told: list[UserCallback] = []
 
 
 def start_ray() -> None:
-    """Join the cluster named by RAY_ADDRESS (as under `ray job submit`), or start a private one on this machine."""
+    """Join the cluster named by RAY_ADDRESS (as under `ray job submit`), or start a private one on this machine.
+
+    Raises TrainingError where the machine is too busy for Ray to start.
+    """
     if ray.is_initialized():
         return
     # Workers must not print a warning per library; ours are errors or rich output.
@@ -62,7 +66,7 @@ def start_ray() -> None:
         ray.init(address="auto", **options)
     else:
         # Logical CPUs only admit actors: samplers and the trainer overlap even on two cores.
-        ray.init(
+        _start_private(
             address="local",
             num_cpus=max(os.cpu_count() or 1, 4),
             object_store_memory=OBJECT_STORE_BYTES,
@@ -74,6 +78,24 @@ def start_ray() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+
+
+def _start_private(**options: Any) -> None:
+    """`ray.init`, tried again where Ray's own processes were not up within the half minute that it grants them."""
+    for tries in range(1, STARTS + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray has no class for it
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if tries == STARTS:
+                raise TrainingError(
+                    f"Ray did not start within 30 s, {STARTS} times over: other work keeps this machine busy. End some "
+                    "of it, or name a cluster that runs in RAY_ADDRESS"
+                ) from error
+            console.print("  Ray did not start within 30 s on this busy machine; once more", style="yellow")
 
 
 def run_training(

@@ -1,0 +1,48 @@
+"""What surrounds a training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ray
+
+from ctd_scale import training
+from ctd_scale.terminal import TrainingError
+
+SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """Ray's start fails with each of these in turn, then succeeds."""
+    errors: list[Exception] = []
+
+    def init(**options: Any) -> None:
+        assert options["address"] == "local"
+        if errors:
+            raise errors.pop(0)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    return errors
+
+
+def test_on_a_busy_machine_ray_is_started_again(tried: list[Exception]) -> None:
+    tried += [Exception(SLOW)] * (training.STARTS - 1)
+    training.start_ray()
+    assert not tried
+
+
+def test_in_the_end_it_is_said_what_to_do(tried: list[Exception]) -> None:
+    tried += [Exception(SLOW)] * training.STARTS
+    with pytest.raises(TrainingError, match=r"keeps this machine busy.*RAY_ADDRESS"):
+        training.start_ray()
+
+
+def test_another_error_is_not_tried_again(tried: list[Exception]) -> None:
+    tried += [ValueError("no such option"), ValueError("tried again")]
+    with pytest.raises(ValueError, match="no such option"):
+        training.start_ray()
