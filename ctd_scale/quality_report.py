@@ -66,10 +66,12 @@ def markdown(rows: Sequence[dict[str, Any]], picture: str, title: str = "Quality
             for row in discrete
         ]
         lines += [""] if discrete else []
-    commands = sorted({row["command"] for row in rows})
-    machines = sorted({row["machine"] for row in rows})
-    lines += ["Measured by", "", *(f"- `{command}`" for command in commands), "", f"on {'; '.join(machines)}; "]
-    lines[-1] += ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items()) + ".\n"
+    commands: dict[str, set[str]] = {}
+    for row in rows:
+        packages = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        commands.setdefault(f"{row['machine']}; {packages}", set()).add(row["command"])
+    for where, made in sorted(commands.items()):
+        lines += [f"Measured on {where}, by", "", *(f"- `{command}`" for command in sorted(made)), ""]
     return "\n".join(lines)
 
 
