@@ -27,6 +27,7 @@ from ctd_scale.recommender import Recommender
 from ctd_scale.terminal import console
 
 WATCH_S = 1.0
+SWAP_AFTER = 0.2  # of a level's time: before it, the former run answers
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ def measure_load(
     del recommender
     url = serve_run(lambda: (run, config), host="127.0.0.1", port=0, blocking=False)
     try:
+        asyncio.run(ask_each(url, bodies))
         levels, timeline = asyncio.run(ramp(url, bodies, clients, seconds, running_replicas))
         levels.append(asyncio.run(paced(url, bodies, max(level.per_second for level in levels) / 2, seconds)))
         if swap_to is not None:
             with ThreadPoolExecutor(1) as thread:
-                swapped = thread.submit(swap, swap_to, swap_to.read_config(), url)
+                swapped = thread.submit(_after, seconds * SWAP_AFTER, swap, swap_to, swap_to.read_config(), url)
                 more, further = asyncio.run(ramp(url, bodies, clients[-1:], seconds, running_replicas, swapped.done))
                 swapped.result()
             levels += more
@@ -110,6 +112,20 @@ def in_process(recommender: Recommender, users: Sequence[int], k: int) -> tuple[
         behind.append(ended - read)
         whole.append(ended - started)
     return float(np.median(behind)), float(np.median(whole))
+
+
+async def ask_each(url: str, bodies: Sequence[dict[str, Any]]) -> None:
+    """Every body once, so that preferences are known. Raises httpx.HTTPStatusError where one is refused."""
+    import httpx
+
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        for body in bodies:
+            (await client.post("/v1/recommend", json=body)).raise_for_status()
+
+
+def _after(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    time.sleep(seconds)
+    return function(*arguments)
 
 
 async def paced(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float) -> Level:
@@ -144,15 +160,13 @@ async def ramp(
     replicas: Callable[[], dict[str, int]],
     may_end: Callable[[], bool] = lambda: True,
 ) -> tuple[list[Level], list[dict[str, float]]]:
-    """Each number of clients for so many seconds, and until `may_end`, after every body was sent once; `replicas` says
-    how many there are of each deployment."""
+    """Each number of clients for so many seconds, and until `may_end`; `replicas` says how many there are of each
+    deployment."""
     import httpx
 
     limits = httpx.Limits(max_connections=max(clients), max_keepalive_connections=max(clients))
     timeline: list[dict[str, float]] = []
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        for body in bodies:
-            (await client.post("/v1/recommend", json=body)).raise_for_status()
         watching = asyncio.create_task(_watch(timeline, replicas))
         levels = []
         for count in clients:

@@ -29,7 +29,7 @@ from ctd_scale.artifacts import Run
 from ctd_scale.changes import CURRENT, delete, roll_back, upsert
 from ctd_scale.live import rebuild_index
 from ctd_scale.recommender import Recommender, load_artifacts
-from ctd_scale.serving.load import ramp
+from ctd_scale.serving.load import ask_each, ramp
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +205,9 @@ def test_changes_of_the_catalogue_are_served_within_a_second_and_no_request_fail
 
 def test_a_ramp_counts_every_answer_and_times_it(server: Server) -> None:
     bodies = [{"user_id": f"u{user}", "k": 3} for user in range(5)] + [{"user_id": "u5", "k": 50}]
-    levels, timeline = asyncio.run(ramp(str(server.client.base_url), bodies, (1, 3), 1.0, lambda: {"App": 1}))
+    url = str(server.client.base_url)
+    asyncio.run(ask_each(url, bodies))
+    levels, timeline = asyncio.run(ramp(url, bodies, (1, 3), 1.0, lambda: {"App": 1}))
     assert [level.clients for level in levels] == [1, 3]
     for level in levels:
         assert level.statuses == {"200": level.requests}
@@ -216,7 +218,7 @@ def test_a_ramp_counts_every_answer_and_times_it(server: Server) -> None:
         assert level.replicas == {"App": 1}
     assert timeline[0]["App"] == 1
     with pytest.raises(httpx.HTTPStatusError, match="404"):
-        asyncio.run(ramp(str(server.client.base_url), [{"user_id": "u9999"}], (1,), 1.0, dict))
+        asyncio.run(ask_each(url, [{"user_id": "u9999"}]))
 
 
 def test_sigterm_ends_it_cleanly(server: Server) -> None:
