@@ -109,9 +109,9 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
 def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[str, Ranking], dict[str, float]]:
     """Every named ranking and its validation NDCG@10. The weights of a kind are fitted (`fitted_ranking`).
 
-    `full`, which is served, weighs all that is known of a candidate: the preference, what the graph says of the
+    `full` weighs all that is known of a candidate: the preference, what the graph says of the
     history, the draws and the denoiser's error; a term that says nothing new is fitted to zero and then costs nothing.
-    `full_text` adds the text factor with the best NDCG@10, where that is more than noise.
+    `full_text`, which is served, adds the text factor with the best NDCG@10, where that is more than noise.
     """
     kinds = {name: fitted_ranking(pools, terms) for name, terms in KINDS.items()}
     full = kinds["fused_all"]
