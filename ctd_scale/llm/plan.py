@@ -53,7 +53,7 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
     vectors = np.random.default_rng(0).standard_normal((catalogue, settings.preference_dim)).astype(np.float32)
     model = new_model(settings, backbone, vectors, config.seed, _repeated(prompts, catalogue))
     model = model.to(compute_dtype(settings.dtype, torch.device("cpu")))
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings))
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), fused=True)
     rows = _rows(collator, typical, max(1, settings.batch_tokens // (block * typical)), settings.text_every)
     batch = collator(rows)
     negatives = None

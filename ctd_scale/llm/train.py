@@ -210,7 +210,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     item_embeddings = NodeArrays.load(Path(arguments["embeddings"])).items
     model = new_model(config, backbone, item_embeddings, seed, prompts)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98), fused=True)
     factors = learning_rates(config, plan.total_steps)
     users = validation_users(log, config.validation_users, seed)
     step, best = 0, Best()
