@@ -25,7 +25,7 @@ quickstart: $(RUNTIME)  ## install into .venv, train the whole chain on MovieLen
 
 test: lint  ## install into .venv, then style, types, layers and every test
 	@echo "==> pytest $(ARGS)"
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(DEV)  ## style, types and layers
 	@echo "==> ruff check"

@@ -1,8 +1,10 @@
-"""Two workers with the same global batch learn what one worker learns."""
+"""Two workers with the same global batch learn what one worker learns, which is this process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -63,35 +65,57 @@ def config_for(workers: int) -> RunConfig:
     return validate_config(values, source="test")
 
 
-def test_graph(tmp_path: Path) -> None:
-    """One worker that samples by itself, two that Ray Data feeds and that own half of the table each. They draw the
-    same neighbours, so only the order of sums differs."""
-    learned = []
-    for workers, streaming in ((1, "in_process"), (2, "ray_data")):
-        run, config = make_run(tmp_path, f"workers{workers}"), config_for(workers)
-        graph = config.graph.model_copy(update={"streaming": streaming})
+Learned = TypeVar("Learned")
+
+
+@pytest.fixture
+def by_one_and_two(
+    tmp_path: Path, one_worker: object, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[Run, int], Learned]], tuple[Learned, Learned]]:
+    """What `learn(run, workers)` returns: first of one worker, this process, then of two that Ray Train has."""
+
+    def train(learn: Callable[[Run, int], Learned]) -> tuple[Learned, Learned]:
+        one = learn(make_run(tmp_path, "one"), 1)
+        monkeypatch.undo()
+        return one, learn(make_run(tmp_path, "two"), 2)
+
+    return train
+
+
+def test_graph(by_one_and_two: Callable[..., tuple[NodeArrays, NodeArrays]]) -> None:
+    """One that samples by itself, two that Ray Data feeds and that own half of the table each. They draw the same
+    neighbours, so only the order of sums differs."""
+
+    def learn(run: Run, workers: int) -> NodeArrays:
+        config = config_for(workers)
+        graph = config.graph.model_copy(update={"streaming": "ray_data" if workers == 2 else "in_process"})
         train_graph(run, config.model_copy(update={"graph": graph}), "key")
-        learned.append(NodeArrays.load(run.fetch("embeddings").path))
-    np.testing.assert_allclose(learned[0].users, learned[1].users, atol=2e-4)
-    np.testing.assert_allclose(learned[0].items, learned[1].items, atol=2e-4)
+        return NodeArrays.load(run.fetch("embeddings").path)
+
+    one, two = by_one_and_two(learn)
+    np.testing.assert_allclose(one.users, two.users, atol=2e-4)
+    np.testing.assert_allclose(one.items, two.items, atol=2e-4)
 
 
-def test_diffusion(tmp_path: Path) -> None:
-    learned = []
+def assert_equal(learned: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]) -> None:
+    one, two = learned
+    for name, values in one.items():
+        np.testing.assert_allclose(values, two[name], atol=2e-4, err_msg=name)
+
+
+def test_diffusion(by_one_and_two: Callable[..., tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) -> None:
     vectors = np.random.default_rng(1).normal(size=(ITEMS, DIM)).astype(np.float32)
-    for workers in (1, 2):
-        run = make_run(tmp_path, f"workers{workers}")
+
+    def learn(run: Run, workers: int) -> dict[str, np.ndarray]:
         train_diffusion(run, config_for(workers), "key", vectors)
-        learned.append(load_file(run.fetch("models/diffusion").path / WEIGHTS))
-    for name, values in learned[0].items():
-        np.testing.assert_allclose(values, learned[1][name], atol=2e-4, err_msg=name)
+        return load_file(run.fetch("models/diffusion").path / WEIGHTS)
+
+    assert_equal(by_one_and_two(learn))
 
 
-def test_a_baseline(tmp_path: Path) -> None:
-    learned = []
-    for workers in (1, 2):
-        run = make_run(tmp_path, f"workers{workers}")
+def test_a_baseline(by_one_and_two: Callable[..., tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) -> None:
+    def learn(run: Run, workers: int) -> dict[str, np.ndarray]:
         train_baseline("bsarec", run, config_for(workers), "key")
-        learned.append(load_file(run.fetch("baselines/bsarec").path / BASELINE_WEIGHTS))
-    for name, values in learned[0].items():
-        np.testing.assert_allclose(values, learned[1][name], atol=2e-4, err_msg=name)
+        return load_file(run.fetch("baselines/bsarec").path / BASELINE_WEIGHTS)
+
+    assert_equal(by_one_and_two(learn))
