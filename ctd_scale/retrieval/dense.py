@@ -19,6 +19,8 @@ from ctd_scale.retrieval.grown import GrownVectors
 # Items and numbers of one block of scores: 64 MiB of float32, however large batch and catalogue are.
 CHUNK_ITEMS = 65_536
 BLOCK_SCORES = 1 << 24
+# Items that are sorted first, in numbers of k: what is not above the worst of the k found there needs no sorting.
+FIRST_ITEMS, FIRST_PER_K = 4096, 8
 
 
 @runtime_checkable
@@ -82,17 +84,25 @@ def exact_search(
     among: Int[ndarray, "some"] | None = None,
     chunk_items: int = CHUNK_ITEMS,
 ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
-    """The exact k nearest of unit vectors, of all or `among` some (ascending ids); padded with -1 and -inf."""
+    """The exact k nearest of unit vectors, of all or `among` some (ascending ids); padded with -1 and -inf.
+
+    Once k are found, only the scores above the worst of them are looked at, which soon are few.
+    """
     ids = np.full((len(queries), k), -1, dtype=np.int32)
     cosines = np.full((len(queries), k), -np.inf, dtype=np.float32)
     count = len(vectors) if among is None else len(among)
     width = min(k, count)
+    if width == 0:
+        return ids, cosines
     for rows in _chunks(len(queries), max(1, BLOCK_SCORES // chunk_items)):
         best = np.empty((len(queries[rows]), 0), dtype=np.int32)
         scores = np.empty((len(queries[rows]), 0), dtype=np.float32)
-        for items in _chunks(count, chunk_items):
+        for items in _first_and_chunks(count, min(max(FIRST_ITEMS, FIRST_PER_K * k), chunk_items), chunk_items):
             block = queries[rows] @ (vectors[items] if among is None else vectors[among[items]]).T
-            places, found = top_k(block, min(width, block.shape[1]))
+            if best.shape[1] < width:
+                places, found = top_k(block, min(width, block.shape[1]))
+            else:
+                places, found = _above(block, scores[:, -1])
             # What is kept comes first, so that position order is index order among equal cosines.
             best = np.concatenate([best, places + np.int32(items.start)], axis=1)
             scores = np.concatenate([scores, found], axis=1)
@@ -103,9 +113,27 @@ def exact_search(
     return ids, cosines
 
 
+def _above(
+    block: Float32[ndarray, "batch items"], edges: Float32[ndarray, "batch"]
+) -> tuple[Int32[ndarray, "batch most"], Float32[ndarray, "batch most"]]:
+    """Of each row what is above its edge, in index order; padded with score -inf."""
+    flat = np.flatnonzero(block > edges[:, None])
+    rows, columns = np.divmod(flat, block.shape[1])
+    counts = np.bincount(rows, minlength=len(block))
+    filled = np.arange(counts.max(initial=0)) < counts[:, None]
+    places, scores = np.zeros(filled.shape, dtype=np.int32), np.full(filled.shape, -np.inf, dtype=np.float32)
+    places[filled], scores[filled] = columns, block.ravel()[flat]
+    return places, scores
+
+
 def require_dim(queries: Float32[ndarray, "batch cond_dim"], dim: int) -> None:
     if queries.shape[1] != dim:
         raise ValueError(f"queries have {queries.shape[1]} dimensions, the index has {dim}; rerun build_index")
+
+
+def _first_and_chunks(length: int, first: int, size: int) -> Iterator[slice]:
+    yield slice(0, min(first, length))
+    yield from (slice(start, min(start + size, length)) for start in range(first, length, size))
 
 
 def _chunks(length: int, size: int = CHUNK_ITEMS) -> Iterator[slice]:

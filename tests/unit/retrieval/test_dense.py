@@ -34,7 +34,7 @@ def test_a_vector_without_direction_is_refused_by_name(value: float, problem: st
 
 
 @pytest.mark.parametrize("chunk_items", [1, 7, 64, 1000])
-@pytest.mark.parametrize("k", [1, 10, 100, 130])
+@pytest.mark.parametrize("k", [0, 1, 10, 100, 130])
 def test_exact_search_equals_a_full_sort(chunk_items: int, k: int) -> None:
     vectors, queries = random_vectors(100, 8), random_vectors(20, 8, seed=1)
     ids, cosines = ExactIndex(vectors, chunk_items).search(queries, k)
@@ -51,6 +51,17 @@ def test_exact_search_breaks_ties_by_index_across_chunks() -> None:
     vectors = np.tile(np.array([[1.0, 0.0]], dtype=np.float32), (9, 1))
     ids, _ = ExactIndex(vectors, chunk_items=2).search(vectors[:1], 5)
     assert ids.tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_exact_search_looks_only_at_what_may_still_be_near(order: int) -> None:
+    """Items that get nearer and nearer, or farther, every two alike, over many chunks behind the first."""
+    angles = np.repeat(np.linspace(0, 3, 10_000), 2)[::order]
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    queries = random_vectors(6, 2)
+    ids, _ = ExactIndex(vectors, chunk_items=5000).search(queries, 9)
+    expected = unit_vectors(queries) @ unit_vectors(vectors).T
+    assert np.array_equal(ids, np.argsort(-expected, axis=1, kind="stable")[:, :9])
 
 
 def test_an_empty_batch_is_answered() -> None:
