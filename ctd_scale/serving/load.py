@@ -40,6 +40,7 @@ class Level:
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    mean_ms: float
     statuses: dict[str, int]
     versions: dict[str, int]
     replicas: dict[str, int] = field(default_factory=dict)
@@ -213,8 +214,8 @@ class _Seen:
 
     def level(self, clients: int, elapsed: float) -> Level:
         p50, p95, p99 = (float(value) for value in np.percentile(self.times, [50, 95, 99]))
-        count = len(self.times)
-        return Level(clients, count, count / elapsed, p50, p95, p99, dict(self.statuses), dict(self.versions))
+        count, mean = len(self.times), float(np.mean(self.times))
+        return Level(clients, count, count / elapsed, p50, p95, p99, mean, dict(self.statuses), dict(self.versions))
 
 
 async def _watch(timeline: list[dict[str, float]], replicas: Callable[[], dict[str, int]]) -> None:

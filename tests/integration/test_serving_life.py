@@ -211,12 +211,10 @@ def test_a_ramp_counts_every_answer_and_times_it(server: Server) -> None:
     assert [level.clients for level in levels] == [1, 3]
     for level in levels:
         assert level.statuses == {"200": level.requests}
-        assert level.requests > level.clients
+        assert level.requests > 3 * level.clients
         assert 0 < level.p50_ms <= level.p95_ms <= level.p99_ms
-        # Clients that wait for their answers: their number is rate times mean time (Little's law), and the mean is at
-        # least half of the median and at most the longest.
-        assert level.per_second * level.p50_ms / 2e3 < 1.1 * level.clients
-        assert level.per_second * level.p99_ms / 1e3 > 0.6 * level.clients
+        # Clients that wait for their answers: their number is rate times mean time (Little's law).
+        assert level.per_second * level.mean_ms / 1e3 == pytest.approx(level.clients, rel=0.4)
         assert level.replicas == {"App": 1}
     assert timeline[0]["App"] == 1
     with pytest.raises(httpx.HTTPStatusError, match="404"):
