@@ -171,7 +171,8 @@ class App(Step):
                 source = await self._coordinator.current.remote(source)
                 if source.number > max(refused, self._release.source.number):
                     release = await asyncio.to_thread(open_release, source, self._release)
-                    await self._preference.preference.remote((source.models, np.zeros(1, np.int32)))
+                    if source.models != self._release.source.models:
+                        await self._preference.preference.remote((source.models, np.zeros(1, np.int32)))
                     self._release = release
             except Exception as error:
                 serving_log.exception("still serving version %s", self.version)
