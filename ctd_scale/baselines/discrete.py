@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -45,11 +45,17 @@ class DiscreteLM(nn.Module):
     head_ids: Tensor
 
     def __init__(
-        self, lm: Any, head_ids: Int[ndarray, "head"], codes: Codes, config: DiscreteConfig, max_history: int
+        self,
+        lm: Any,
+        head_ids: Int[ndarray, "head"],
+        codes: Codes,
+        config: DiscreteConfig,
+        max_history: int,
+        half_precision: bool = False,
     ) -> None:
         super().__init__()
         self.lm, self.codes, self.trie, self.config = lm, codes, CodeTrie(codes), config
-        self.max_history = max_history
+        self.max_history, self.half_precision = max_history, half_precision
         lm.requires_grad_(True)
         lm.get_input_embeddings().weight.requires_grad_(False)
         if lm.get_output_embeddings() is not None:
@@ -59,22 +65,44 @@ class DiscreteLM(nn.Module):
         self.symbols = nn.Parameter(scale * torch.randn(codes.alphabet, token_dim))
         self.places = nn.Parameter(torch.zeros(codes.length, token_dim))
 
-    def embed(self, symbols: Int[Tensor, "batch length"], start: int = 0) -> Float[Tensor, "batch length token_dim"]:
-        """Symbols with their place within an item's word; the first has place `start`."""
-        places = (start + torch.arange(symbols.shape[1], device=symbols.device)) % self.codes.length
+    def embed(self, symbols: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length token_dim"]:
+        """Symbols of whole items with their place within an item's word."""
+        places = torch.arange(symbols.shape[1], device=symbols.device) % self.codes.length
         return self.symbols[symbols.clamp_min(0)] + self.places[places]
 
     def read(
-        self, embedded: Float[Tensor, "batch length token_dim"], cache: DynamicCache | None = None
+        self, embedded: Float[Tensor, "batch length token_dim"]
     ) -> tuple[Float[Tensor, "batch length token_dim"], DynamicCache]:
-        """States after the instruction (read once, unless it is in the cache) and what follows."""
-        if cache is None:
-            cache = DynamicCache(config=self.lm.config)
-            words = self.lm.get_input_embeddings()(self.head_ids[None])
-            self.lm.base_model(inputs_embeds=words, past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(len(embedded))
+        """States after the instruction, which is read once, and what follows; keys and values of both."""
+        cache = DynamicCache(config=self.lm.config)
+        words = self.lm.get_input_embeddings()(self.head_ids[None])
+        self.lm.base_model(inputs_embeds=words, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(embedded))
         read = self.lm.base_model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
         return read.last_hidden_state, cache
+
+    def read_beams(
+        self,
+        embedded: Float[Tensor, "batch beams token_dim"],
+        paths: Bool[Tensor, "batch beams read"],
+        cache: DynamicCache,
+    ) -> Float[Tensor, "batch beams token_dim"]:
+        """States after one more symbol of each beam, all beams of a history in one row: a beam sees what is before
+        the `read` latest symbols, and of these its own. So no history's keys are held once a beam."""
+        before = cache.get_seq_length() + paths.shape[1] - paths.shape[2]
+        place = before + int(paths[0, 0].sum()) - 1
+        dtype = torch.bfloat16 if self.half_precision else embedded.dtype
+        hidden = torch.zeros(paths.shape, dtype=dtype, device=paths.device)
+        hidden.masked_fill_(~paths, torch.finfo(dtype).min)
+        read = self.lm.base_model(
+            inputs_embeds=embedded,
+            position_ids=torch.full(paths.shape[:2], place, device=paths.device),
+            attention_mask=F.pad(hidden, (before, 0))[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states: Tensor = read.last_hidden_state
+        return states
 
     def logits(self, states: Float[Tensor, "*rows token_dim"]) -> Float[Tensor, "*rows alphabet"]:
         return (states @ self.symbols.T.to(states.dtype)).float()
@@ -103,7 +131,10 @@ class DiscreteLM(nn.Module):
             rows = np.flatnonzero(lengths == length)
             for part in np.array_split(rows, -(-len(rows) // self.config.inference_batch)):
                 symbols = np.stack([self.codes.symbols[kept[row]].ravel() for row in part])
-                yield part, *self.beam_search(torch.from_numpy(symbols).to(self.symbols.device), constrained)
+                device = self.symbols.device
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.half_precision):
+                    found = self.beam_search(torch.from_numpy(symbols).to(device), constrained)
+                yield part, *found
 
     def beam_search(
         self, history: Int[Tensor, "batch length"], constrained: bool
@@ -111,15 +142,16 @@ class DiscreteLM(nn.Module):
         """The most probable words after the history, best first. Without the constraint some may be no item (-1)."""
         batch, alphabet = len(history), self.codes.alphabet
         states, cache = self.read(self.embed(history))
-        states, beams = states[:, -1:], 1
+        states = states[:, -1:]
         totals = torch.zeros(batch, 1, device=history.device)
         nodes = np.zeros((batch, 1), np.int64)
+        paths = torch.zeros(batch, 1, 0, dtype=torch.bool, device=history.device)
         for place in range(self.codes.length):
-            log_probs = self.logits(states[:, 0]).log_softmax(dim=1)
+            log_probs = self.logits(states).log_softmax(dim=2)
             if constrained:
                 allowed = torch.from_numpy(self.trie.allowed(np.maximum(nodes.ravel(), 0))).to(history.device)
-                log_probs = log_probs.masked_fill(~allowed, -torch.inf)
-            candidates = (totals[:, :, None] + log_probs.reshape(batch, beams, alphabet)).flatten(1)
+                log_probs = log_probs.masked_fill(~allowed.view_as(log_probs), -torch.inf)
+            candidates = (totals[:, :, None] + log_probs).flatten(1)
             width = min(self.config.beams, candidates.shape[1])
             totals, chosen = candidates.topk(width, dim=1)
             parent, symbol = (chosen // alphabet), chosen % alphabet
@@ -128,10 +160,9 @@ class DiscreteLM(nn.Module):
             # What is not allowed only fills up the width: it leads nowhere.
             nodes = np.where(np.isneginf(totals.cpu().numpy()), -1, nodes)
             if place + 1 < self.codes.length:
-                rows = torch.arange(batch, device=parent.device)[:, None]
-                cache.batch_select_indices((beams * rows + parent).flatten())
-                states, cache = self.read(self.embed(symbol.reshape(-1, 1), place), cache)
-                beams = width
+                own = torch.eye(width, dtype=torch.bool, device=history.device).expand(batch, -1, -1)
+                paths = torch.cat([paths[torch.arange(batch)[:, None], parent], own], dim=2)
+                states = self.read_beams(self.symbols[symbol] + self.places[place], paths, cache)
         return self.trie.item(nodes.ravel()).reshape(nodes.shape), totals
 
 
@@ -143,7 +174,9 @@ def discrete_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
     head_ids = make_prompts(text_tokenizer, log.catalogue, 1).head
     lm = load_causal_lm(backbone, config.llm.num_hidden_layers)
     codes = make_codes(name, log, config, lm, text_tokenizer)
-    model = DiscreteLM(lm, head_ids, codes, settings, config.llm.max_history)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half_precision = compute_dtype(config.llm.dtype, device) == torch.bfloat16
+    model = DiscreteLM(lm, head_ids, codes, settings, config.llm.max_history, half_precision)
     if codes.digits:
         words = text_tokenizer([str(digit) for digit in range(codes.alphabet)], add_special_tokens=False)["input_ids"]
         with torch.no_grad():
@@ -163,7 +196,6 @@ def discrete_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
             symbols[number, : len(items) * codes.length] = codes.symbols[items].ravel()
         return (torch.from_numpy(symbols),)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Task(
         model=model,
         steps=steps,
@@ -173,7 +205,7 @@ def discrete_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
             {"params": [each for each in lm.parameters() if each.requires_grad]},
             {"params": [model.symbols, model.places], "lr": settings.symbol_learning_rate},
         ],
-        half_precision=compute_dtype(config.llm.dtype, device) == torch.bfloat16,
+        half_precision=half_precision,
     )
 
 
