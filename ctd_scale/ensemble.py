@@ -1,4 +1,4 @@
-"""Two preferences of two seeds, averaged: what an ensemble gains where the second model is no denoiser."""
+"""Preferences as they are, of one seed or of several averaged: what a second model gains that is no denoiser."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from numpy import ndarray
 
 from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.batches import Preferences, Split
-from ctd_scale.config import RunConfig
+from ctd_scale.llm.weights import load_vectors
 from ctd_scale.ranking import Scorer
-from ctd_scale.recommender import load_artifacts, load_retrieve
 from ctd_scale.retrieval.dense import unit_vectors
 
 
@@ -33,14 +32,17 @@ def ensemble_scorer(
     return score
 
 
-def load_ensemble(runs: Sequence[Run], config: RunConfig, split: Split) -> Scorer:
-    """The same of finished runs. Raises ArtifactError where their interactions are not the same."""
+def load_ensemble(runs: Sequence[Run], split: Split) -> Scorer:
+    """The same of runs whose preferences are published; one run is an ensemble, too.
+
+    Raises ArtifactError where their interactions are not the same, or preferences are of another LLM.
+    """
     if len({run.fetch("interactions").digest for run in runs}) > 1:
         raise ArtifactError(f"{', '.join(run.url for run in runs)} were made from different interactions")
     vectors, preferences = [], []
     for run in runs:
-        items = load_retrieve(load_artifacts(run), config).retriever.vectors
-        assert isinstance(items, ndarray), "a run's own index has not grown"
-        vectors.append(items)
-        preferences.append(Preferences.load(run.fetch("preferences").path, split))
+        llm, told = run.fetch("models/llm"), run.fetch("preferences")
+        run.require_made_from(told, llm)
+        vectors.append(load_vectors(llm.path))
+        preferences.append(Preferences.load(told.path, split))
     return ensemble_scorer(vectors, preferences)

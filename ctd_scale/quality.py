@@ -26,7 +26,7 @@ from ctd_scale.batches import SPLITS, InteractionLog, Split
 from ctd_scale.config import ConfigError, RunConfig, load_config
 from ctd_scale.ensemble import load_ensemble
 from ctd_scale.evaluate import METRICS, protocol_of, rank_baseline
-from ctd_scale.pipeline import Stage, run_pipeline, run_with_inputs
+from ctd_scale.pipeline import STAGES, Stage, run_pipeline, run_with_inputs
 from ctd_scale.ranking import beyond_accuracy, load_ranks, ndcg_gains, rank_targets, save_ranks
 from ctd_scale.terminal import console
 
@@ -36,7 +36,7 @@ CHAIN = (
     *("fused_graph", "fused_draws", "fused_error", "fused_both", "fused_all", "full", "full_text"),
 )
 # The preferences of two seeds, averaged: what is gained by a second model that is no denoiser.
-PAIR = "two_preferences"
+PREFERENCE, PAIR = "preference", "two_preferences"
 RESAMPLES = 2000
 ID_USERS = 500  # whose histories tell how many beams are items without the trie
 PREFERENCE_STAGES = ("embeddings", "models/tokenizer", "models/llm")  # what trains before a preference is read
@@ -108,7 +108,7 @@ def compare(
         runs.append((run, config))
     if PAIR in models:
         for (run, config), (other, _) in zip(runs, [*runs[1:], runs[0]], strict=True):
-            measured += measure_pair(run, other, config)
+            measured += measure_preferences(PAIR, (run, other), config)
     if not reference:
         scores = {name: _mean(measured, name, "validation") for name in models}
         reference = max(models, key=lambda name: scores[name])
@@ -119,9 +119,13 @@ def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured
     """Everything about the models of one run; what it lacks is made."""
     run.write_config(config)
     chain = [name for name in models if name in CHAIN]
-    if chain or PAIR in models:
+    found: list[Measured] = []
+    if set(chain) - {PREFERENCE}:
         run_pipeline(run, config)
-    found = _measured(run, config, "metrics", chain) if chain else []
+        found += _measured(run, config, "metrics", chain)
+    elif chain or PAIR in models:  # needs neither the denoiser nor an index
+        run_with_inputs([stage for stage in STAGES if "preferences" in stage.outputs], run, config)
+        found += measure_preferences(PREFERENCE, (run,), config) if chain else []
     baselines = [name for name in models if name in SCORERS]
     run_with_inputs(map(rank_stage, baselines), run, config)
     for name in baselines:
@@ -129,16 +133,16 @@ def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured
     return found
 
 
-def measure_pair(run: Run, other: Run, config: RunConfig) -> list[Measured]:
-    """The preferences of two finished runs, averaged, as a model of the first one's seed; its cost is that of both."""
-    log = InteractionLog.load(run.fetch("interactions").path)
-    costs = [_cost(each.fetch(name)) for each in (run, other) for name in PREFERENCE_STAGES]
+def measure_preferences(name: str, runs: Sequence[Run], config: RunConfig) -> list[Measured]:
+    """The preferences of these runs, averaged, as a model of the first one's seed; its cost is that of all."""
+    log = InteractionLog.load(runs[0].fetch("interactions").path)
+    costs = [_cost(run.fetch(name)) for run in runs for name in PREFERENCE_STAGES]
     known = [cost for cost in costs if cost]
     found = []
     for split in SPLITS:
         ranks = rank_targets(
             log,
-            load_ensemble((run, other), config, split),
+            load_ensemble(runs, split),
             split,
             mask_seen=config.evaluation.mask_seen,
             chunk_users=config.evaluation.chunk_users,
@@ -146,10 +150,10 @@ def measure_pair(run: Run, other: Run, config: RunConfig) -> list[Measured]:
         metrics = {**ranks.summary(log.num_items), **beyond_accuracy(log, split, ranks)}
         found.append(
             Measured(
-                PAIR,
+                name,
                 split,
                 config.seed,
-                {key: metrics.get(key) for key in (*METRICS, "seconds")},
+                {**{key: metrics.get(key) for key in METRICS}, "seconds": None},  # the LLM has read all before
                 round(sum(cost["training_seconds"] for cost in known), 1) if known else None,
                 max(cost["peak_memory_mb"] for cost in known) if known else None,
                 None,

@@ -154,4 +154,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
     )
     cost = ["" if row[key] is None else f"{row[key]:,.0f}" for key in ("training_seconds", "peak_memory_mb")]
     shown = "" if row["model"] == row["reference"] else against
-    return [row["model"], str(len(row["seeds"])), *values, *cost, f"{row['mean']['seconds']:.1f}", shown]
+    seconds = row["mean"]["seconds"]
+    return [row["model"], str(len(row["seeds"])), *values, *cost, "" if seconds is None else f"{seconds:.1f}", shown]

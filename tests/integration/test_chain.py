@@ -23,7 +23,7 @@ from ctd_scale.config import load_config
 from ctd_scale.evaluate import INPUTS, rank_all
 from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.pipeline import STAGES
-from ctd_scale.quality import measure_pair
+from ctd_scale.quality import measure, measure_preferences
 from ctd_scale.ranking import load_ranks
 from ctd_scale.recommender import load_density, load_retrieve
 
@@ -194,14 +194,21 @@ def test_an_ablation_is_compared_with_the_same_model_of_the_whole_chain(
     assert "no_users" in capsys.readouterr().err
 
 
-def test_a_preference_averaged_with_itself_ranks_as_it_does(chains: Path) -> None:
-    """With another run's it is the model `two_preferences` of the table."""
+def test_a_preference_is_measured_without_what_comes_after_it(chains: Path, tmp_path: Path) -> None:
+    """Alone, it needs no denoiser and no index; averaged with another run's it is `two_preferences` of the table."""
     run = Run.open(chains / "whole")
     alone = {(row["model"], row["split"]): row for row in rows(run.root)}
-    for pair in measure_pair(run, run, run.read_config()):
+    shutil.copytree(run.root, tmp_path / "part")
+    part, later = Run.open(tmp_path / "part"), ("models/diffusion", "index", "ranking", "metrics")
+    for name in later:
+        shutil.rmtree(part.root / name)
+    found = measure(part, run.read_config(), ["preference"])
+    assert not any((part.root / name).exists() for name in later)
+    pairs = measure_preferences("two_preferences", (run, run), run.read_config())
+    for each in [*found, *pairs]:
         # Behind the first ten the chain puts its pool before what it did not look at.
-        same = {key: alone["preference", pair.split][key] for key in ("hr@10", "ndcg@10", "coverage@10")}
-        assert {key: pair.metrics[key] for key in same} == pytest.approx(same, rel=1e-3)
+        same = {key: alone["preference", each.split][key] for key in ("hr@10", "ndcg@10", "coverage@10")}
+        assert {key: each.metrics[key] for key in same} == pytest.approx(same, rel=1e-3)
 
 
 def test_recommend_prints_the_object_of_the_endpoint(chains: Path) -> None:
