@@ -180,6 +180,12 @@ class LLMConfig(Section):
     )
     head_dropout: Fraction = Field(0.0, description="of the hidden states from which preferences are read")
     recency: bool = Field(True, description="the preference begins with the vectors of the latest four items")
+    history_blocks: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="blocks of self-attention over the vectors of all items that were read; the preference begins with "
+        "what they say, too",
+    )
+    history_dropout: Fraction = Field(0.5, description="within these blocks")
     preference_dim: Positive = Field(64, description="C; equals graph.embed_dim when item_vectors = collaborative")
     temperature: PositiveFloat = 0.075
     text_weight: NotNegative = 0.1

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -22,90 +21,7 @@ from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.config_baselines import SequentialConfig
 from ctd_scale.llm.losses import ChunkedCrossEntropy, logits_at_a_time
-
-ALL, LAST = slice(None), slice(-1, None)  # places of a sequence
-
-
-class FrequencyFilter(nn.Module):
-    """`low(x) + beta^2 (x - low(x))`, low = the lowest frequencies of the discrete Fourier transform over
-    `max_history` places (BSARec, eq. 8 to 10). Places before the sequence are zero.
-
-    A low pass is linear: one matrix [places, places], of which a short sequence needs the last rows and columns.
-    """
-
-    low_pass: Tensor
-
-    def __init__(self, config: SequentialConfig) -> None:
-        super().__init__()
-        self.beta = nn.Parameter(torch.randn(config.embed_dim))
-        self.register_buffer("low_pass", low_pass_matrix(config.max_history, config.low_frequencies), persistent=False)
-
-    def forward(
-        self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"], wanted: slice
-    ) -> Float[Tensor, "batch wanted embed_dim"]:
-        length = states.shape[1]
-        states = states * real[..., None]
-        low = self.low_pass[-length:, -length:][wanted] @ states
-        filtered: Tensor = low + self.beta.square() * (states[:, wanted] - low)
-        return filtered
-
-
-def low_pass_matrix(length: int, frequencies: int) -> Float[Tensor, "length length"]:
-    """What is left of a sequence when only the constant and the next `frequencies - 1` frequencies are kept."""
-    spectrum = torch.fft.rfft(torch.eye(length), dim=0)
-    spectrum[frequencies:] = 0
-    return torch.fft.irfft(spectrum, n=length, dim=0)
-
-
-class Attention(nn.Module):
-    """Causal multi-head self-attention."""
-
-    def __init__(self, config: SequentialConfig) -> None:
-        super().__init__()
-        self.heads, self.dropout = config.num_heads, config.dropout
-        self.query = nn.Linear(config.embed_dim, config.embed_dim)
-        self.heard = nn.Linear(config.embed_dim, 2 * config.embed_dim)
-        self.leave = nn.Linear(config.embed_dim, config.embed_dim)
-
-    def forward(
-        self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"], wanted: slice
-    ) -> Float[Tensor, "batch wanted embed_dim"]:
-        batch, length, dim = states.shape
-        query = self.query(states[:, wanted]).reshape(batch, -1, self.heads, dim // self.heads).transpose(1, 2)
-        key, value = self.heard(states).reshape(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        places = torch.arange(length, device=states.device)
-        # Padding hears itself: a row that may hear nothing would be NaN.
-        asking = places[wanted, None]
-        hears = (asking >= places) & real[:, None, None, :] | (asking == places)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=hears, dropout_p=dropout)
-        left: Tensor = self.leave(mixed.transpose(1, 2).reshape(batch, -1, dim))
-        return left
-
-
-class Block(nn.Module):
-    """`alpha` of the filter and the rest of the attention, then a feed-forward layer; each added and normalised."""
-
-    def __init__(self, config: SequentialConfig) -> None:
-        super().__init__()
-        dim = config.embed_dim
-        self.alpha, self.dropout = config.alpha, nn.Dropout(config.dropout)
-        self.attention, self.attention_norm = Attention(config), nn.LayerNorm(dim, eps=1e-12)
-        if config.alpha:
-            self.filter, self.filter_norm = FrequencyFilter(config), nn.LayerNorm(dim, eps=1e-12)
-        self.enter, self.leave = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.feed_forward_norm = nn.LayerNorm(dim, eps=1e-12)
-
-    def forward(
-        self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"], wanted: slice
-    ) -> Float[Tensor, "batch wanted embed_dim"]:
-        mixed = self.attention_norm(states[:, wanted] + self.dropout(self.attention(states, real, wanted)))
-        if self.alpha:
-            filtered = self.filter_norm(states[:, wanted] + self.dropout(self.filter(states, real, wanted)))
-            mixed = self.alpha * filtered + (1 - self.alpha) * mixed
-        fed = self.dropout(self.leave(F.gelu(self.enter(mixed))))
-        left: Tensor = self.feed_forward_norm(mixed + fed)
-        return left
+from ctd_scale.sequence import ALL, LAST, Block, FrequencyFilter, SequenceEncoder
 
 
 class SequenceModel(nn.Module):
@@ -115,15 +31,20 @@ class SequenceModel(nn.Module):
     def __init__(self, num_items: int, config: SequentialConfig) -> None:
         super().__init__()
         self.config, self.padding = config, num_items
-        self.items = nn.Embedding(num_items + 1, config.embed_dim, padding_idx=num_items)
-        self.places = nn.Embedding(config.max_history, config.embed_dim)
-        self.norm, self.dropout = nn.LayerNorm(config.embed_dim, eps=1e-12), nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_blocks)])
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        dim = config.embed_dim
+        self.items = nn.Embedding(num_items + 1, dim, padding_idx=num_items)
+        blocks = [
+            Block(
+                dim,
+                config.dropout,
+                config.num_heads,
+                config.alpha,
+                FrequencyFilter(dim, config.max_history, config.low_frequencies) if config.alpha else None,
+            )
+            for _ in range(config.num_blocks)
+        ]
+        self.encoder = SequenceEncoder(dim, config.max_history, config.dropout, blocks)
+        nn.init.normal_(self.items.weight, std=0.02)
         with torch.no_grad():
             self.items.weight[num_items] = 0
 
@@ -131,12 +52,8 @@ class SequenceModel(nn.Module):
         self, items: Int[Tensor, "batch length"], wanted: slice = ALL
     ) -> Float[Tensor, "batch wanted embed_dim"]:
         """States after the last block, which works for the wanted places alone."""
-        real = items != self.padding
-        states = self.dropout(self.norm(self.items(items) + self.places.weight[-items.shape[1] :]))
-        for block in self.blocks[:-1]:
-            states = block(states, real, ALL)
-        left: Tensor = self.blocks[-1](states, real, wanted)
-        return left
+        states: Tensor = self.encoder(self.items(items), items != self.padding, wanted)
+        return states
 
     def forward(self, items: Int[Tensor, "batch length"], targets: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
         """Cross-entropy over all items of what follows each row, summed."""

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ctd_scale.llm.prompts import Prompts
 
-RECENT = 4  # latest items with whose vectors a preference begins
-
 
 @dataclass(frozen=True)
 class LLMBatch:
@@ -23,7 +21,7 @@ class LLMBatch:
 
     Where every line holds one row, no attention mask is needed: in a causal model nothing before a pad ever sees it.
     Where lines hold several, `places` gives each token's place in its own row, from 0 (padding: 0 too).
-    `recent` are the latest items that a preference has read, the latest first, -1 where there were fewer.
+    `recent` are the items that a preference has read, the latest first, -1 where there were fewer.
     """
 
     head_ids: Int[Tensor, "head"]
@@ -56,10 +54,10 @@ class Row:
         return len(self.items) - len(self.targets)
 
 
-def latest_items(items: Int[ndarray, "history"]) -> Int[ndarray, "history recent"]:
-    """After each item of a history the latest `RECENT`, itself first, -1 where there are fewer."""
-    before = np.concatenate([np.full(RECENT - 1, -1, np.int64), items])
-    return np.lib.stride_tricks.sliding_window_view(before, RECENT)[:, ::-1]
+def latest_items(items: Int[ndarray, "history"], count: int) -> Int[ndarray, "history recent"]:
+    """After each item of a history the latest `count`, itself first, -1 where there are fewer."""
+    before = np.concatenate([np.full(count - 1, -1, np.int64), items])
+    return np.lib.stride_tricks.sliding_window_view(before, count)[:, ::-1]
 
 
 class Collator:
@@ -100,7 +98,7 @@ class Collator:
     def packed(self, lines: Sequence[Sequence[Row]], length: int | None = None) -> LLMBatch:
         """Tensors of lines, the rows of each laid end to end, padded to `length` (default: the longest line)."""
         rows = [row for line in lines for row in line]
-        sizes = self.sizes(rows)
+        sizes, most = self.sizes(rows), max(len(row.items) for row in rows)
         starts, number = [], 0
         for line in lines:
             starts.append(np.cumsum([0, *sizes[number : number + len(line)]]))
@@ -129,7 +127,7 @@ class Collator:
             tokens.append((ends[:, None] - self.num_ways + np.arange(self.num_ways)).ravel())
             values.append(self.item_tokens[row.items].reshape(-1, self.item_tokens.shape[2]))
             wanted.append(ends[row.first :] - 1)
-            recent.append(latest_items(row.items)[row.first :])
+            recent.append(latest_items(row.items, most)[row.first :])
             if row.answer_item >= 0:
                 column = int(ends[-1])
                 tail, answer = self.prompts.tail, self.prompts.answer(row.answer_item)

@@ -132,7 +132,8 @@ class PreferenceModel:
             return _any_choice
         if self.config.text_choices in ("catalogue", "category"):
             return self._known_choice(dict.fromkeys(range(len(states)), self._choices))
-        recent = torch.from_numpy(np.stack([latest_items(items)[-1] for items in seen])).to(states.device)
+        most = max(map(len, seen))
+        recent = torch.from_numpy(np.stack([latest_items(items, most)[-1] for items in seen])).to(states.device)
         preferences = self.model.head(states[:, -len(self.collator.prompts.tail) - 1], recent).float()
         scores = F.normalize(preferences, dim=1) @ self._directions.T
         for row, items in enumerate(seen):

@@ -14,9 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ctd_scale.llm.collator import RECENT, LLMBatch
+from ctd_scale.llm.collator import LLMBatch
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
+from ctd_scale.sequence import LAST, Block, SequenceEncoder
 
+RECENT = 4  # latest items with whose vectors a preference begins
+LEAST_WIDTH = 8  # shorter histories are padded to it
 # How much the latest item's vector weighs in a preference before anything is learned, and each earlier one beside it.
 LATEST, EARLIER = 3.2, 0.6
 # Standard deviation of the item vectors at the start. A cosine does not see it, but Adam moves every number by about
@@ -64,8 +67,10 @@ class PreferenceHead(nn.Module):
     With `descriptions` x, fixed features of the items, the vectors are `q_i = v_i + P x_i`, P learned: items that few
     have chosen share what their words have in common with others.
 
-    `c = W h + sum_k a_k v_k / |v_k|`, v_k the vector of the k-th latest item: a preference begins at what was chosen
-    last, and W h says what to change. Without `recency` it is `W h` alone.
+    `c = W h + sum_k a_k v_k / |v_k| + s(v_1, v_2, ...)`, v_k the vector of the k-th latest item: a preference begins at
+    what was chosen last, and W h says what to change. s are `history` blocks of self-attention over all items that
+    were read, in the space of their vectors, where what usually follows what is quickly learned. Without `recency` or
+    `history` their term is left out.
     """
 
     descriptions: Tensor
@@ -80,9 +85,10 @@ class PreferenceHead(nn.Module):
         recency: bool,
         dropout: float = 0.0,
         descriptions: Float[Tensor, "items text_dim"] | None = None,
+        history: SequenceEncoder | None = None,
     ) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.history = nn.Dropout(dropout), history
         self.project = nn.Linear(token_dim, vectors.shape[1], bias=False)
         self.vectors = nn.Parameter(vectors.clone(), requires_grad=learn_vectors)
         self.log_temperature = nn.Parameter(torch.tensor(temperature).log().reshape(1))
@@ -105,11 +111,32 @@ class PreferenceHead(nn.Module):
         self, states: Float[Tensor, "preferences token_dim"], recent: Int[Tensor, "preferences recent"]
     ) -> Float[Tensor, "preferences cond_dim"]:
         preferences: Tensor = self.project(self.dropout(states))
-        if self.recency is None:
-            return preferences
-        latest = F.normalize(self.item_vectors(recent.clamp_min(0)).float(), dim=-1)
-        weights = self.recency.float() * (recent >= 0)
-        return preferences + (weights[:, :, None] * latest).sum(dim=1).to(preferences.dtype)
+        if self.recency is not None:
+            items = recent[:, :RECENT]
+            latest = F.normalize(self.item_vectors(items.clamp_min(0)).float(), dim=-1)
+            weights = self.recency.float()[: items.shape[1]] * (items >= 0)
+            preferences = preferences + (weights[:, :, None] * latest).sum(dim=1).to(preferences.dtype)
+        if self.history is not None:
+            preferences = preferences + self.read_items(self.history, recent)
+        return preferences
+
+    def read_items(
+        self, history: SequenceEncoder, recent: Int[Tensor, "preferences recent"]
+    ) -> Float[Tensor, "preferences cond_dim"]:
+        """s(v_1, v_2, ...) of each preference; histories of like length together, since most are short."""
+        items = recent[:, : len(history.places)].flip(1)  # the newest last
+        lengths = (items >= 0).sum(dim=1)
+        widths = lengths.clamp_min(LEAST_WIDTH).log2().ceil().exp2().long().clamp_max(items.shape[1])
+        parts, order = [], []
+        for width in widths.unique().tolist():
+            rows = torch.nonzero(widths == width).flatten()
+            few = items[rows, -width:]
+            known, where = few.clamp_min(0).unique(return_inverse=True)
+            vectors = self.item_vectors(known)[where] * (few >= 0)[:, :, None]
+            parts.append(history(vectors, few >= 0, LAST)[:, 0])
+            order.append(rows)
+        said: Tensor = torch.cat(parts)[torch.cat(order).argsort()]
+        return said
 
     @property
     def temperature(self) -> Float[Tensor, ""]:
@@ -244,6 +271,16 @@ def word_scale(lm: Any) -> float:
         return float(layer(torch.arange(len(layer.weight), device=layer.weight.device)).float().square().mean().sqrt())
 
 
+def history_encoder(dim: int, max_history: int, num_blocks: int, dropout: float = 0.0) -> SequenceEncoder | None:
+    """What the head reads the vectors of a history with: post-normed blocks of one attention head, as in SASRec; none
+    where `num_blocks` is 0."""
+    if not num_blocks:
+        return None
+    blocks = [Block(dim, dropout) for _ in range(num_blocks)]
+    nn.init.constant_(blocks[-1].feed_forward_norm.weight, LATEST / dim**0.5)  # as long as the latest item's vector
+    return SequenceEncoder(dim, max_history, dropout, blocks)
+
+
 def build_preference_lm(
     lm: Any,
     vectors: Float[Tensor, "items cond_dim"],
@@ -255,9 +292,11 @@ def build_preference_lm(
     input_dropout: float = 0.0,
     head_dropout: float = 0.0,
     descriptions: Float[Tensor, "items text_dim"] | None = None,
+    history: SequenceEncoder | None = None,
 ) -> PreferenceLM:
     """A preference model on top of a causal LM, with fresh adapter and head. With `projected_dim` item tokens are
-    embeddings of that size, which the adapter projects; `recency` and `descriptions` are those of the head."""
+    embeddings of that size, which the adapter projects; `recency`, `descriptions` and `history` are those of the
+    head."""
     token_dim, scale = int(lm.get_input_embeddings().weight.shape[1]), word_scale(lm)
     adapter = (
         TokenAdapter(token_dim, scale) if projected_dim is None else ProjectionAdapter(projected_dim, token_dim, scale)
@@ -270,5 +309,6 @@ def build_preference_lm(
         recency=recency,
         dropout=head_dropout,
         descriptions=descriptions,
+        history=history,
     )
     return PreferenceLM(lm, adapter, head, dropout=input_dropout)

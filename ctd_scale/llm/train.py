@@ -28,7 +28,7 @@ from ctd_scale.llm.backbone import (
 )
 from ctd_scale.llm.collator import Collator, LLMBatch, Row
 from ctd_scale.llm.descriptions import describe_items
-from ctd_scale.llm.model import VECTOR_SCALE, PreferenceLM, build_preference_lm
+from ctd_scale.llm.model import VECTOR_SCALE, PreferenceLM, build_preference_lm, history_encoder
 from ctd_scale.llm.prompts import Prompts, make_prompts
 from ctd_scale.llm.tokens import load_item_tokens, token_source
 from ctd_scale.llm.validation import Best, validation_ndcg
@@ -331,6 +331,9 @@ def new_model(
         input_dropout=config.input_dropout,
         head_dropout=config.head_dropout,
         descriptions=descriptions,
+        history=history_encoder(
+            config.preference_dim, config.max_history, config.history_blocks, config.history_dropout
+        ),
     )
 
 

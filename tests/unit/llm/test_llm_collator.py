@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ctd_scale.batches import Catalogue
-from ctd_scale.llm.collator import RECENT, Collator, Row
+from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.prompts import INSTRUCTION, SYSTEM, answer_text, load_prompts, make_prompts
 from ctd_scale.llm.train import drop_tokens, kept_tokens
 
@@ -41,7 +41,7 @@ def collator(request: pytest.FixtureRequest, text_tokenizer: Any) -> Collator:
 
 def naive(collator: Collator, rows: list[Row], length: int) -> dict[str, Any]:
     """What a batch should be, one token at a time."""
-    prompts = collator.prompts
+    prompts, most = collator.prompts, max(len(row.items) for row in rows)
     made: dict[str, Any] = {
         name: [] for name in ("ids", "positions", "values", "wanted", "recent", "targets", "answer_at", "answers")
     }
@@ -62,7 +62,7 @@ def naive(collator: Collator, rows: list[Row], length: int) -> dict[str, Any]:
             if place >= len(each.items) - len(each.targets):
                 made["wanted"].append(index * length + len(ids) - 1)
                 read = each.items[: place + 1].tolist()[::-1]
-                made["recent"].append((read + [-1] * RECENT)[:RECENT])
+                made["recent"].append(read + [-1] * (most - len(read)))
         made["targets"] += each.targets.tolist()
         if each.answer_item >= 0:
             ids += prompts.tail.tolist()
