@@ -159,6 +159,15 @@ def test_the_beam_search_finds_what_looking_at_all_items_finds(model: DiscreteLM
 
 
 @torch.inference_mode()
+def test_in_half_precision_the_search_finds_nearly_the_same(model: DiscreteLM) -> None:
+    histories = [np.array([3]), np.array([1, 30]), np.array([2, 4, 8, 16])]
+    whole = model.score(np.zeros(3, np.int64), histories).numpy()
+    model.half_precision = True
+    half = model.score(np.zeros(3, np.int64), histories).numpy()
+    assert 0 < np.abs(half - whole).max() < 0.05 * whole.std()
+
+
+@torch.inference_mode()
 def test_without_the_trie_every_word_may_be_written(model: DiscreteLM) -> None:
     """As many beams as there are words: then each item is among them once, and the rest is nothing."""
     histories, words = [np.array([3, 5]), np.array([7])], model.codes.alphabet**model.codes.length
