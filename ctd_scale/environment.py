@@ -21,11 +21,15 @@ def set_defaults() -> None:
 
 
 def machine() -> str:
-    """Cores, memory, architecture and GPUs; no names."""
+    """Processor, cores, memory, architecture and GPUs; no host's name."""
     import torch  # not above: `set_defaults` comes first
 
+    can = torch.cpu.get_capabilities()
+    # Two machines of as many cores may differ eightfold by this alone.
+    half = "AMX" if can.get("amx_bf16") else "AVX-512 BF16" if can.get("avx512_bf16") else ""
+    processor = " with ".join(filter(None, [str(can.get("cpu_name", "")), half]))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}"
+    cores = f"{os.cpu_count()} cores ({processor}), {memory:.0f} GiB, {platform.machine()}"
     gpus = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     said = [f"{count} x {name}" for name, count in gpus.items()]
     return ", ".join([cores, *said, f"CPython {platform.python_version()}"])

@@ -71,3 +71,18 @@ def test_a_machine_is_said_with_its_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["H100", "H100", "L4"][index])
     assert ", 2 x H100, 1 x L4, CPython" in environment.machine()
+
+
+@pytest.mark.parametrize(
+    ("can", "said"),
+    [
+        ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, "cores (Intel Xeon with AMX), "),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, "cores (AMD EPYC with AVX-512 BF16), "),
+        ({"cpu_name": "Neoverse"}, "cores (Neoverse), "),
+    ],
+)
+def test_a_machine_is_said_with_what_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, can: dict[str, object], said: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    assert said in environment.machine()
