@@ -57,22 +57,24 @@ class Attention(nn.Module):
     def forward(
         self, states: Float[Tensor, "batch length embed_dim"], real: Bool[Tensor, "batch length"], wanted: slice
     ) -> Float[Tensor, "batch wanted embed_dim"]:
-        batch, length, dim = states.shape
-        query = self.query(states[:, wanted]).reshape(batch, -1, self.heads, dim // self.heads).transpose(1, 2)
-        key, value = self.heard(states).reshape(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        (batch, length, dim), asked = states.shape, states[:, wanted]
+        # Every size is said: there may be no row at all.
+        each = (self.heads, dim // self.heads)
+        query = self.query(asked).reshape(batch, asked.shape[1], *each).transpose(1, 2)
+        key, value = self.heard(states).reshape(batch, length, 2, *each).permute(2, 0, 3, 1, 4)
         places = torch.arange(length, device=states.device)
         # Padding hears itself: a row that may hear nothing would be NaN.
         asking = places[wanted, None]
         hears = (asking >= places) & real[:, None, None, :] | (asking == places)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=hears, dropout_p=dropout)
-        left: Tensor = self.leave(mixed.transpose(1, 2).reshape(batch, -1, dim))
+        left: Tensor = self.leave(mixed.transpose(1, 2).reshape(asked.shape))
         return left
 
 
 class Block(nn.Module):
-    """`alpha` of the filter (none where it is None) and the rest of the attention, then a feed-forward layer; each
-    added and normalised."""
+    """`alpha` of the filter `low_pass` and the rest of the attention, then a feed-forward layer; each added and
+    normalised. Without `alpha` there is no filter."""
 
     def __init__(
         self, dim: int, dropout: float, num_heads: int = 1, alpha: float = 0.0, low_pass: FrequencyFilter | None = None
@@ -102,6 +104,7 @@ class SequenceEncoder(nn.Module):
 
     def __init__(self, dim: int, max_history: int, dropout: float, blocks: Iterable[Block]) -> None:
         super().__init__()
+        self.max_history = max_history
         self.places = nn.Parameter(torch.empty(max_history, dim))  # the newest last
         self.norm, self.dropout = nn.LayerNorm(dim, eps=EPSILON), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)

@@ -19,7 +19,7 @@ from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
 from ctd_scale.sequence import LAST, Block, SequenceEncoder
 
 RECENT = 4  # latest items with whose vectors a preference begins
-LEAST_WIDTH = 8  # shorter histories are padded to it
+LEAST_WIDTH = 4  # shorter histories are padded to it
 # How much the latest item's vector weighs in a preference before anything is learned, and each earlier one beside it.
 LATEST, EARLIER = 3.2, 0.6
 # Standard deviation of the item vectors at the start. A cosine does not see it, but Adam moves every number by about
@@ -123,18 +123,21 @@ class PreferenceHead(nn.Module):
     def read_items(
         self, history: SequenceEncoder, recent: Int[Tensor, "preferences recent"]
     ) -> Float[Tensor, "preferences cond_dim"]:
-        """s(v_1, v_2, ...) of each preference; histories of like length together, since most are short."""
-        items = recent[:, : len(history.places)].flip(1)  # the newest last
-        lengths = (items >= 0).sum(dim=1)
-        widths = lengths.clamp_min(LEAST_WIDTH).log2().ceil().exp2().long().clamp_max(items.shape[1])
-        parts, order = [], []
-        for width in widths.unique().tolist():
-            rows = torch.nonzero(widths == width).flatten()
-            few = items[rows, -width:]
-            known, where = few.clamp_min(0).unique(return_inverse=True)
-            vectors = self.item_vectors(known)[where] * (few >= 0)[:, :, None]
-            parts.append(history(vectors, few >= 0, LAST)[:, 0])
+        """s(v_1, v_2, ...) of each preference; histories of like length together, since most are short.
+
+        Which widths there are does not depend on the batch: under ZeRO 3 every call of a layer gathers its weights
+        from all workers, so all must make as many.
+        """
+        items = recent[:, : history.max_history].flip(1)  # the newest last
+        known, where = items.clamp_min(0).unique(return_inverse=True)
+        vectors, lengths = self.item_vectors(known), (items >= 0).sum(dim=1)
+        parts, order, shorter = [], [], 0
+        for width in history_widths(history.max_history):
+            rows = torch.nonzero((lengths > shorter) & (lengths <= width)).flatten()
+            real = items[rows, -width:] >= 0
+            parts.append(history(vectors[where[rows, -width:]] * real[:, :, None], real, LAST)[:, 0])
             order.append(rows)
+            shorter = width
         said: Tensor = torch.cat(parts)[torch.cat(order).argsort()]
         return said
 
@@ -269,6 +272,14 @@ def word_scale(lm: Any) -> float:
     layer = lm.get_input_embeddings()
     with torch.no_grad():
         return float(layer(torch.arange(len(layer.weight), device=layer.weight.device)).float().square().mean().sqrt())
+
+
+def history_widths(max_history: int) -> list[int]:
+    """To how many items histories are padded: doubled from the least to `max_history`."""
+    widths = [LEAST_WIDTH]
+    while widths[-1] < max_history:
+        widths.append(2 * widths[-1])
+    return [*widths[:-1], max_history]
 
 
 def history_encoder(dim: int, max_history: int, num_blocks: int, dropout: float = 0.0) -> SequenceEncoder | None:

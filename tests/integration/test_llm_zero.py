@@ -55,6 +55,8 @@ def make_config(backbone: Path, workers: int = 1, **changes: Any) -> RunConfig:
         "max_history": 5,
         "preference_dim": 12,
         "item_vectors": "joined",
+        "history_blocks": 1,
+        "history_dropout": 0.0,
         "dtype": "float32",
         "epochs": EPOCHS,
         "batch_tokens": 100,

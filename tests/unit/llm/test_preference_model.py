@@ -21,7 +21,7 @@ from ctd_scale.llm.choices import AnswerChoices
 from ctd_scale.llm.collator import Row
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
-from ctd_scale.llm.model import PreferenceHead, TokenAdapter, history_encoder, word_scale
+from ctd_scale.llm.model import TokenAdapter, word_scale
 from ctd_scale.llm.prompts import make_category_answers
 from ctd_scale.llm.train import initial_vectors, new_model, parameter_groups
 from ctd_scale.llm.weights import BACKBONE, export_model, load_model, load_vectors, temperature
@@ -254,76 +254,6 @@ def test_what_is_trained(backbone: Path, trainable: Any, item_vectors: Any) -> N
     assert (backbone_group["lr"], fresh_group["lr"]) == (config.learning_rate, config.head_learning_rate)
     assert len(backbone_group["params"]) == len(of_lm)
     assert len(fresh_group["params"]) == len(trained - of_lm)
-
-
-def test_a_preference_begins_with_the_vectors_of_the_latest_items() -> None:
-    torch.manual_seed(0)
-    vectors, states = 3 * torch.randn(9, 5), torch.randn(3, 7)
-    recent = torch.tensor([[4, 2, 2, 8], [0, 6, -1, -1], [5, -1, -1, -1]])
-    head = PreferenceHead(7, vectors, 0.1, learn_vectors=True, recency=True)
-    torch.nn.init.uniform_(head.recency)
-    found = head(states, recent)
-    for row, items in enumerate(recent.tolist()):
-        expected = head.project(states[row])
-        for weight, item in zip(head.recency, items, strict=True):
-            if item >= 0:
-                expected = expected + weight * vectors[item] / vectors[item].norm()
-        assert torch.allclose(found[row], expected, atol=1e-5)
-    found.square().sum().backward()
-    moved = head.vectors.grad.abs().sum(dim=1) > 0
-    assert torch.nonzero(moved).flatten().tolist() == [0, 2, 4, 5, 6, 8], "those that were read, and no other"
-    without = PreferenceHead(7, vectors, 0.1, learn_vectors=True, recency=False)
-    assert torch.equal(without(states, recent), without.project(states))
-
-
-def test_a_preference_begins_with_what_all_read_items_say() -> None:
-    """Padded in a batch as each history alone; only what was read is moved."""
-    torch.manual_seed(0)
-    vectors, states = 3 * torch.randn(9, 5), torch.randn(3, 7)
-    recent = torch.tensor([[4, 2, 2, 8], [0, 6, -1, -1], [5, -1, -1, -1]])
-    history = history_encoder(5, 3, 2)
-    head = PreferenceHead(7, vectors, 0.1, learn_vectors=True, recency=False, history=history)
-    for parameter in head.history.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    found = head(states, recent)
-    for row, items in enumerate([[2, 2, 4], [6, 0], [5]]):  # the oldest first; the first history is longer than is read
-        real = torch.ones(1, len(items), dtype=torch.bool)
-        said = head.history(head.vectors[items][None], real)[0, -1]
-        assert torch.allclose(found[row], head.project(states[row]) + said, atol=1e-5)
-    found.square().sum().backward()
-    moved = head.vectors.grad.abs().sum(dim=1) > 0
-    assert torch.nonzero(moved).flatten().tolist() == [0, 2, 4, 5, 6]
-    assert history_encoder(5, 3, 0) is None
-
-
-def test_what_follows_the_item_before_the_last_is_learned_from_the_read_items() -> None:
-    """Next is the last but one, plus one: no sum of weighted vectors says so, and the states here say nothing."""
-    random = np.random.default_rng(0)
-    items = 12
-    recent = torch.from_numpy(random.integers(0, items, (1100, 3)))
-    targets = (recent[:, 1] + 1) % items
-    shares = {}
-    for blocks in (0, 2):
-        torch.manual_seed(0)
-        head = PreferenceHead(
-            4,
-            0.1 * torch.randn(items, 16),
-            0.1,
-            learn_vectors=True,
-            recency=True,
-            history=history_encoder(16, 3, blocks),
-        )
-        optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
-        for _ in range(600):
-            loss = softmax_loss(
-                head(torch.zeros(1000, 4), recent[:1000]), head.item_vectors(), targets[:1000], head.temperature
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        ranked = F.normalize(head(torch.zeros(100, 4), recent[1000:]), dim=1) @ F.normalize(head.vectors, dim=1).T
-        shares[blocks] = float((ranked.argmax(dim=1) == targets[1000:]).float().mean())
-    assert shares[2] > 0.95 > 0.6 > shares[0]
 
 
 def test_dropout_is_for_training_alone(served: PreferenceModel) -> None:
