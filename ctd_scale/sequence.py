@@ -1,14 +1,17 @@
-"""Blocks of self-attention over sequences that are padded on the left, so that the newest item always has the last
-place: those of SASRec (Kang and McAuley, 2018), and with a filter beside the attention BSARec's (Shin et al., 2024).
+"""Every prefix of a sequence, and blocks of self-attention over sequences that are padded on the left, so that the
+newest item always has the last place: those of SASRec (Kang and McAuley, 2018), and with a filter beside the attention
+BSARec's (Shin et al., 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
 from torch import Tensor, nn
 
 ALL, LAST = slice(None), slice(-1, None)  # places of a sequence
@@ -126,3 +129,20 @@ class SequenceEncoder(nn.Module):
             states = block(states, real, ALL)
         left: Tensor = self.blocks[-1](states, real, wanted)
         return left
+
+
+def prefixes(train_lengths: ndarray) -> tuple[ndarray, ndarray]:
+    """(user, end) of each: the items before `end` are read, the one there is the target."""
+    counts = np.maximum(train_lengths - 1, 0)
+    users = np.repeat(np.arange(len(counts)), counts)
+    return users, np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+
+
+def left_padded(rows: list[ndarray], limit: int, value: int) -> Int[ndarray, "batch length"]:
+    """The last `limit` entries of each row, aligned at the end."""
+    length = max(1, min(limit, max(len(row) for row in rows)))
+    out = np.full((len(rows), length), value, np.int64)
+    for index, row in enumerate(rows):
+        kept = row[-length:]
+        out[index, length - len(kept) :] = kept
+    return out

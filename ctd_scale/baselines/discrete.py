@@ -25,7 +25,6 @@ from ctd_scale.baselines.codes import (
     semantic_codes,
     sequential_codes,
 )
-from ctd_scale.baselines.task import Task, by_length
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.config_baselines import DiscreteConfig
@@ -33,6 +32,7 @@ from ctd_scale.llm.backbone import backbone_folder, compute_dtype, load_causal_l
 from ctd_scale.llm.model import word_scale
 from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.windows import training_windows
+from ctd_scale.tasks import Task, by_length
 
 NOTHING = -1  # a place without a symbol
 CHUNK_TITLES, TITLE_TOKENS = 256, 32

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
-from ctd_scale.baselines.task import Task, in_order
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.config_baselines import MatrixFactorizationConfig
+from ctd_scale.tasks import Task, in_order
 
 
 class MatrixFactorization(nn.Module):

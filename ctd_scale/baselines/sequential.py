@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
-from ctd_scale.baselines.task import Task, by_length
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.config_baselines import SequentialConfig
 from ctd_scale.llm.losses import ChunkedCrossEntropy, logits_at_a_time
-from ctd_scale.sequence import ALL, LAST, Block, FrequencyFilter, SequenceEncoder
+from ctd_scale.sequence import ALL, LAST, Block, FrequencyFilter, SequenceEncoder, left_padded, prefixes
+from ctd_scale.tasks import Task, by_length
 
 
 class SequenceModel(nn.Module):
@@ -92,20 +92,3 @@ def sequential_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
         collate=collate,
         supervised=lambda batch: len(batch[1]),
     )
-
-
-def prefixes(train_lengths: ndarray) -> tuple[ndarray, ndarray]:
-    """(user, end) of each: the items before `end` are read, the one there is the target."""
-    counts = np.maximum(train_lengths - 1, 0)
-    users = np.repeat(np.arange(len(counts)), counts)
-    return users, np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
-
-
-def left_padded(rows: list[ndarray], limit: int, value: int) -> Int[ndarray, "batch length"]:
-    """The last `limit` entries of each row, aligned at the end."""
-    length = max(1, min(limit, max(len(row) for row in rows)))
-    out = np.full((len(rows), length), value, np.int64)
-    for index, row in enumerate(rows):
-        kept = row[-length:]
-        out[index, length - len(kept) :] = kept
-    return out

@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from ctd_scale.artifacts import Run
-from ctd_scale.baselines.train import WEIGHTS as BASELINE_WEIGHTS
 from ctd_scale.baselines.train import train_baseline
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Preferences
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.diffusion.train import WEIGHTS, train_diffusion
 from ctd_scale.graph.train import train_graph
+from ctd_scale.tasks import WEIGHTS as BASELINE_WEIGHTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from ctd_scale.baselines.names import DISCRETE, TRAINED
-from ctd_scale.baselines.train import MAKERS, WEIGHTS, restore, scorer_of, train_loop
+from ctd_scale.baselines.train import MAKERS, train_loop
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.ranking import rank_targets
+from ctd_scale.tasks import WEIGHTS, restore, scorer_of
 
 USERS, ITEMS = 60, 20
 SEQUENTIAL = {"embed_dim": 16, "max_history": 8, "dropout": 0.1, "batch_size": 32, "learning_rate": 0.01}
@@ -117,7 +118,7 @@ def test_the_best_epoch_is_kept_and_training_stops_without_progress(
         seen.append({key: value.clone() for key, value in model.state_dict().items()})
         return next(said)
 
-    monkeypatch.setattr("ctd_scale.baselines.train.validation_ndcg", validation)
+    monkeypatch.setattr("ctd_scale.tasks.validation_ndcg", validation)
     arguments = arguments_for("sasrec", tmp_path, backbone, validate_every=1, patience=2)
     kept = load_file(one_worker.run(train_loop, arguments) / WEIGHTS)
     assert len(seen) == 4

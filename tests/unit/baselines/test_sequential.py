@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctd_scale.baselines.sequential import SequenceModel, prefixes, sequential_task
-from ctd_scale.baselines.task import Task
+from ctd_scale.baselines.sequential import SequenceModel, sequential_task
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig
 from ctd_scale.config_baselines import BSARecConfig, SequentialConfig
-from ctd_scale.sequence import LAST, low_pass_matrix
+from ctd_scale.sequence import LAST, low_pass_matrix, prefixes
+from ctd_scale.tasks import Task
 
 ITEMS = 15
 SMALL = {"embed_dim": 16, "num_heads": 2, "max_history": 6, "dropout": 0.0, "batch_size": 8}
