@@ -37,6 +37,7 @@ MAKERS = {
     "embeddings": "train_graph",
     "models/tokenizer": "train_tokenizer",
     "tokens": "train_tokenizer",
+    "models/history": "train_history",
     "models/llm": "train_llm",
     "preferences": "export_preferences",
     "models/diffusion": "train_diffusion",

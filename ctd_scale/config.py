@@ -128,6 +128,23 @@ class TokenizerConfig(Section):
     checkpoint_every_steps: Positive = 500
 
 
+class HistoryConfig(Section):
+    """What reads the vectors of a history's items, trained with them before the LLM (method: LLM). Sizes, item vectors
+    and the softmax over items are those of `llm`."""
+
+    num_blocks: Annotated[int, Field(ge=0)] = Field(
+        0, description="blocks of self-attention; 0 = none, and item vectors are learned with the LLM"
+    )
+    dropout: Fraction = 0.5
+    epochs: Positive = Field(30, description="at most: training ends after `patience` that are not the best")
+    patience: Positive = 3
+    batch_size: Positive = Field(256, description="histories per optimizer step, all workers together")
+    learning_rate: PositiveFloat = 1e-3
+    validation_users: Annotated[int, Field(ge=0)] = Field(
+        1000, description="whose validation items choose the epoch that is kept; 0 = keep the last"
+    )
+
+
 class LLMConfig(Section):
     """The preference model: backbone, prompt, losses and ZeRO fine-tuning (method: LLM)."""
 
@@ -180,12 +197,6 @@ class LLMConfig(Section):
     )
     head_dropout: Fraction = Field(0.0, description="of the hidden states from which preferences are read")
     recency: bool = Field(True, description="the preference begins with the vectors of the latest four items")
-    history_blocks: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="blocks of self-attention over the vectors of all items that were read; the preference begins with "
-        "what they say, too",
-    )
-    history_dropout: Fraction = Field(0.5, description="within these blocks")
     preference_dim: Positive = Field(64, description="C; equals graph.embed_dim when item_vectors = collaborative")
     temperature: PositiveFloat = 0.075
     text_weight: NotNegative = 0.1
@@ -294,6 +305,7 @@ class RunConfig(Section):
     interactions: InteractionsConfig = InteractionsConfig()
     graph: GraphConfig = GraphConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    history: HistoryConfig = HistoryConfig()
     llm: LLMConfig = LLMConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     retrieval: RetrievalConfig = RetrievalConfig()

@@ -41,6 +41,7 @@ class ResourcesConfig(Section):
     # Its products are small and its samplers need the other cores: more threads only get in their way.
     graph: StageResources = StageResources(threads_per_worker=1)
     tokenizer: StageResources = StageResources()
+    history: StageResources = StageResources()
     llm: StageResources = StageResources()
     diffusion: StageResources = StageResources()
     baselines: StageResources = StageResources()

@@ -21,6 +21,11 @@ from ctd_scale.checkpoints import discard
 from ctd_scale.config import ConfigError, RunConfig, section_hash
 from ctd_scale.terminal import console
 
+# What the reader of histories shares with the LLM.
+OF_HISTORY = (
+    *("backbone", "max_history", "max_title_tokens", "item_vectors", "preference_dim", "temperature"),
+    *("full_softmax_limit", "sampled_negatives"),
+)
 CALIBRATION_USERS = 5000  # whose histories may calibrate the index of the graph
 
 
@@ -58,10 +63,16 @@ def _tokenizer(run: Run, config: RunConfig, config_hash: str) -> None:
     train_tokenizer(run, config, config_hash, hidden_size(backbone_folder(config.llm)))
 
 
+def _history(run: Run, config: RunConfig, config_hash: str) -> None:
+    from ctd_scale.llm.history import train_history
+
+    train_history(run, config, config_hash)
+
+
 def _llm(run: Run, config: RunConfig, config_hash: str) -> None:
     from ctd_scale.llm.train import train_llm
 
-    train_llm(run, config, config_hash)
+    train_llm(run, config, config_hash, history=run.fetch("models/history"))
 
 
 def _preferences(run: Run, config: RunConfig, config_hash: str) -> None:
@@ -125,10 +136,18 @@ STAGES = (
     Stage("train_graph", _graph, ("graph",), ("interactions",), ("graph", "embeddings"), "graph"),
     Stage("train_tokenizer", _tokenizer, ("tokenizer",), ("embeddings",), ("models/tokenizer", "tokens"), "tokenizer"),
     Stage(
+        "train_history",
+        _history,
+        ("history", "evaluation.mask_seen", *(f"llm.{name}" for name in OF_HISTORY)),
+        ("interactions", "embeddings"),
+        ("models/history",),
+        "history",
+    ),
+    Stage(
         "train_llm",
         _llm,
-        ("llm", "evaluation.mask_seen"),
-        ("interactions", "embeddings", "tokens"),
+        ("llm", "history.dropout", "evaluation.mask_seen"),
+        ("interactions", "embeddings", "tokens", "models/history"),
         ("models/llm",),
         "llm",
     ),

@@ -22,7 +22,7 @@ from ctd_scale.graph.plan import plan_graph
 from ctd_scale.interactions.plan import plan_interactions
 from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.llm.backbone import backbone_folder, hidden_size
-from ctd_scale.llm.plan import plan_llm
+from ctd_scale.llm.plan import plan_history, plan_llm
 from ctd_scale.retrieval.plan import plan_index
 from ctd_scale.terminal import console
 from ctd_scale.tokenizer.plan import plan_tokenizer
@@ -61,6 +61,7 @@ def plan_run(run: Run, config: RunConfig, stages: str = "all") -> list[Estimate]
         *([plan_interactions(log, config.interactions, reading)] if reading else []),
         graph,
         plan_tokenizer(nodes, config.graph.embed_dim, hidden_size(backbone), config.tokenizer, write),
+        *([plan_history(log, config)] if config.history.num_blocks else []),
         llm,
         preferences,
         plan_diffusion(prefixes, log.num_items, dim, config.diffusion),

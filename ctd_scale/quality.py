@@ -39,7 +39,8 @@ CHAIN = (
 PREFERENCE, PAIR = "preference", "two_preferences"
 RESAMPLES = 2000
 ID_USERS = 500  # whose histories tell how many beams are items without the trie
-PREFERENCE_STAGES = ("embeddings", "models/tokenizer", "models/llm")  # what trains before a preference is read
+# What trains before a preference is read.
+PREFERENCE_STAGES = ("embeddings", "models/tokenizer", "models/history", "models/llm")
 RANKS, ROWS = "ranks-{split}.parquet", "rows.json"
 METRIC = "ndcg@10"
 

@@ -9,7 +9,7 @@ DISCRETE = ("p5_random", "p5_sequential", "p5_collaborative", "tiger")
 TRAINED = ("bpr_mf", *SEQUENTIAL, *DISCRETE)
 # By what the LLM stage is changed for each rival that it trains (llm.py).
 VARIANTS: dict[str, dict[str, Any]] = {
-    "text_only": {"item_tokens": "none", "recency": False, "history_blocks": 0},
-    "collm": {"item_tokens": "projected", "token_schedule": "second_half", "recency": False, "history_blocks": 0},
-    "llara": {"item_tokens": "projected", "token_schedule": "curriculum", "recency": False, "history_blocks": 0},
+    "text_only": {"item_tokens": "none", "recency": False},
+    "collm": {"item_tokens": "projected", "token_schedule": "second_half", "recency": False},
+    "llara": {"item_tokens": "projected", "token_schedule": "curriculum", "recency": False},
 }

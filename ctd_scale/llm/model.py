@@ -16,15 +16,10 @@ from transformers import DynamicCache
 
 from ctd_scale.llm.collator import LLMBatch
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
-from ctd_scale.sequence import LAST, Block, SequenceEncoder
+from ctd_scale.llm.reader import RECENT, HistoryReader
 
-RECENT = 4  # latest items with whose vectors a preference begins
-LEAST_WIDTH = 4  # shorter histories are padded to it
 # How much the latest item's vector weighs in a preference before anything is learned, and each earlier one beside it.
 LATEST, EARLIER = 3.2, 0.6
-# Standard deviation of the item vectors at the start. A cosine does not see it, but Adam moves every number by about
-# the learning rate a step: the smaller the vectors, the sooner they turn.
-VECTOR_SCALE = 0.1
 
 
 class TokenAdapter(nn.Module):
@@ -67,10 +62,9 @@ class PreferenceHead(nn.Module):
     With `descriptions` x, fixed features of the items, the vectors are `q_i = v_i + P x_i`, P learned: items that few
     have chosen share what their words have in common with others.
 
-    `c = W h + sum_k a_k v_k / |v_k| + s(v_1, v_2, ...)`, v_k the vector of the k-th latest item: a preference begins at
-    what was chosen last, and W h says what to change. s are `history` blocks of self-attention over all items that
-    were read, in the space of their vectors, where what usually follows what is quickly learned. Without `recency` or
-    `history` their term is left out.
+    `c = W h + b(v_1, v_2, ...)`, v_k the vector of the k-th latest item: a preference begins at what was chosen last,
+    and W h says what to change. b is what a `reader` makes of the history, or with `recency` alone
+    `sum_k a_k v_k / |v_k|`, or nothing.
     """
 
     descriptions: Tensor
@@ -85,19 +79,20 @@ class PreferenceHead(nn.Module):
         recency: bool,
         dropout: float = 0.0,
         descriptions: Float[Tensor, "items text_dim"] | None = None,
-        history: SequenceEncoder | None = None,
+        reader: HistoryReader | None = None,
     ) -> None:
         super().__init__()
-        self.dropout, self.history = nn.Dropout(dropout), history
+        self.dropout, self.reader = nn.Dropout(dropout), reader
         self.project = nn.Linear(token_dim, vectors.shape[1], bias=False)
         self.vectors = nn.Parameter(vectors.clone(), requires_grad=learn_vectors)
         self.log_temperature = nn.Parameter(torch.tensor(temperature).log().reshape(1))
-        self.recency = nn.Parameter(LATEST * EARLIER ** torch.arange(RECENT)) if recency else None
+        begins = recency and reader is None
+        self.recency = nn.Parameter(LATEST * EARLIER ** torch.arange(RECENT)) if begins else None
         self.describe = None
         if descriptions is not None:
             self.register_buffer("descriptions", descriptions, persistent=False)
             self.describe = nn.Linear(descriptions.shape[1], vectors.shape[1], bias=False)
-            nn.init.normal_(self.describe.weight, std=VECTOR_SCALE)
+            nn.init.normal_(self.describe.weight, std=float(vectors.std()))
 
     def item_vectors(self, items: Int[Tensor, "*shape"] | None = None) -> Float[Tensor, "*shape cond_dim"]:
         """What preferences are compared with: of these items, or of all."""
@@ -111,35 +106,20 @@ class PreferenceHead(nn.Module):
         self, states: Float[Tensor, "preferences token_dim"], recent: Int[Tensor, "preferences recent"]
     ) -> Float[Tensor, "preferences cond_dim"]:
         preferences: Tensor = self.project(self.dropout(states))
-        if self.recency is not None:
-            items = recent[:, :RECENT]
-            latest = F.normalize(self.item_vectors(items.clamp_min(0)).float(), dim=-1)
-            weights = self.recency.float()[: items.shape[1]] * (items >= 0)
-            preferences = preferences + (weights[:, :, None] * latest).sum(dim=1).to(preferences.dtype)
-        if self.history is not None:
-            preferences = preferences + self.read_items(self.history, recent)
-        return preferences
+        if self.reader is None and self.recency is None:
+            return preferences
+        return preferences + self.begin(recent).to(preferences.dtype)
 
-    def read_items(
-        self, history: SequenceEncoder, recent: Int[Tensor, "preferences recent"]
-    ) -> Float[Tensor, "preferences cond_dim"]:
-        """s(v_1, v_2, ...) of each preference; histories of like length together, since most are short.
-
-        Which widths there are does not depend on the batch: under ZeRO 3 every call of a layer gathers its weights
-        from all workers, so all must make as many.
-        """
-        items = recent[:, : history.max_history].flip(1)  # the newest last
-        known, where = items.clamp_min(0).unique(return_inverse=True)
-        vectors, lengths = self.item_vectors(known), (items >= 0).sum(dim=1)
-        parts, order, shorter = [], [], 0
-        for width in history_widths(history.max_history):
-            rows = torch.nonzero((lengths > shorter) & (lengths <= width)).flatten()
-            real = items[rows, -width:] >= 0
-            parts.append(history(vectors[where[rows, -width:]] * real[:, :, None], real, LAST)[:, 0])
-            order.append(rows)
-            shorter = width
-        said: Tensor = torch.cat(parts)[torch.cat(order).argsort()]
-        return said
+    def begin(self, recent: Int[Tensor, "preferences recent"]) -> Float[Tensor, "preferences cond_dim"]:
+        """b(v_1, v_2, ...), without the LLM."""
+        if self.reader is not None:
+            read: Tensor = self.reader(self.item_vectors, recent)
+            return read
+        assert self.recency is not None, "there is nothing to begin with"
+        items = recent[:, :RECENT]
+        latest = F.normalize(self.item_vectors(items.clamp_min(0)).float(), dim=-1)
+        weights = self.recency.float()[: items.shape[1]] * (items >= 0)
+        return (weights[:, :, None] * latest).sum(dim=1)
 
     @property
     def temperature(self) -> Float[Tensor, ""]:
@@ -274,24 +254,6 @@ def word_scale(lm: Any) -> float:
         return float(layer(torch.arange(len(layer.weight), device=layer.weight.device)).float().square().mean().sqrt())
 
 
-def history_widths(max_history: int) -> list[int]:
-    """To how many items histories are padded: doubled from the least to `max_history`."""
-    widths = [LEAST_WIDTH]
-    while widths[-1] < max_history:
-        widths.append(2 * widths[-1])
-    return [*widths[:-1], max_history]
-
-
-def history_encoder(dim: int, max_history: int, num_blocks: int, dropout: float = 0.0) -> SequenceEncoder | None:
-    """What the head reads the vectors of a history with: post-normed blocks of one attention head, as in SASRec; none
-    where `num_blocks` is 0."""
-    if not num_blocks:
-        return None
-    blocks = [Block(dim, dropout) for _ in range(num_blocks)]
-    nn.init.constant_(blocks[-1].feed_forward_norm.weight, LATEST / dim**0.5)  # as long as the latest item's vector
-    return SequenceEncoder(dim, max_history, dropout, blocks)
-
-
 def build_preference_lm(
     lm: Any,
     vectors: Float[Tensor, "items cond_dim"],
@@ -303,10 +265,10 @@ def build_preference_lm(
     input_dropout: float = 0.0,
     head_dropout: float = 0.0,
     descriptions: Float[Tensor, "items text_dim"] | None = None,
-    history: SequenceEncoder | None = None,
+    reader: HistoryReader | None = None,
 ) -> PreferenceLM:
     """A preference model on top of a causal LM, with fresh adapter and head. With `projected_dim` item tokens are
-    embeddings of that size, which the adapter projects; `recency`, `descriptions` and `history` are those of the
+    embeddings of that size, which the adapter projects; `recency`, `descriptions` and `reader` are those of the
     head."""
     token_dim, scale = int(lm.get_input_embeddings().weight.shape[1]), word_scale(lm)
     adapter = (
@@ -320,6 +282,6 @@ def build_preference_lm(
         recency=recency,
         dropout=head_dropout,
         descriptions=descriptions,
-        history=history,
+        reader=reader,
     )
     return PreferenceLM(lm, adapter, head, dropout=input_dropout)

@@ -14,9 +14,13 @@ from ctd_scale.config import RunConfig
 from ctd_scale.estimates import Estimate, anonymous_memory, seconds_per_call
 from ctd_scale.llm.backbone import compute_dtype, hidden_size, load_text_tokenizer
 from ctd_scale.llm.collator import Collator, Row
+from ctd_scale.llm.descriptions import TEXT_DIM
+from ctd_scale.llm.history import HistoryModel, new_head
 from ctd_scale.llm.prompts import Prompts, make_prompts
+from ctd_scale.llm.reader import latest_first
 from ctd_scale.llm.train import new_model, parameter_groups
 from ctd_scale.llm.windows import export_windows, training_windows
+from ctd_scale.sequence import prefixes
 
 # Users whose windows are counted; the rest is taken to be alike.
 SAMPLED_USERS = 50_000
@@ -90,6 +94,43 @@ def plan_llm(log: InteractionLog, config: RunConfig, backbone: Path) -> tuple[Es
             4.0 * (prefixes + histories) * settings.preference_dim,
             f"{prefixes:,.0f} prefixes, {read_in_export * reading:.0f} s to read, {spoken:.0f} s to write texts",
         ),
+    )
+
+
+def plan_history(log: InteractionLog, config: RunConfig) -> Estimate:
+    """train_history, for all of its epochs, most of which it may do without."""
+    settings, dim, random = config.history, config.llm.preference_dim, np.random.default_rng(0)
+    before = anonymous_memory()
+    lengths = log.train_lengths()
+    sampled = lengths[:: max(1, len(lengths) // SAMPLED_USERS)]
+    ends = np.minimum(prefixes(sampled)[1], config.llm.max_history)
+    samples = len(lengths) / len(sampled) * len(ends)
+    catalogue = min(log.num_items, config.llm.full_softmax_limit)
+    if log.num_items > catalogue:
+        config = config.model_copy(update={"llm": config.llm.model_copy(update={"full_softmax_limit": 0})})
+    described = torch.randn(catalogue, TEXT_DIM) if config.llm.item_vectors == "joined" else None
+    head = new_head(config, random.standard_normal((catalogue, dim)).astype(np.float32), described)
+    model = HistoryModel(head, config.llm)
+    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], fused=True)
+    read = [random.integers(0, catalogue, size) for size in random.choice(ends, settings.batch_size)]
+    recent = torch.from_numpy(latest_first(read, config.llm.max_history))
+    targets = torch.from_numpy(random.integers(0, catalogue, settings.batch_size))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(recent, targets, torch.zeros(settings.batch_size, dtype=torch.long)).backward()
+        optimizer.step()
+
+    stepping = seconds_per_call(step)
+    steps = settings.epochs * samples / settings.batch_size
+    rest = 4.0 * (log.num_items - catalogue) * (dim + (0 if described is None else TEXT_DIM))
+    weights = 4.0 * log.num_items * dim
+    return Estimate(
+        "train_history",
+        steps * stepping,
+        anonymous_memory() - before + rest + 24.0 * samples,  # users, ends and lengths of all prefixes
+        8 * weights,  # two checkpoints of weights, moments and the best weights
+        f"at most {steps:,.0f} steps of {1000 * stepping:.0f} ms, {samples:,.0f} histories an epoch",
     )
 
 

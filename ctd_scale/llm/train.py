@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from ctd_scale import training
-from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.artifacts import Artifact, ArtifactError, Run
 from ctd_scale.batches import InteractionLog, NodeArrays
 from ctd_scale.config import LLMConfig, RunConfig
 from ctd_scale.llm import zero
@@ -28,10 +29,13 @@ from ctd_scale.llm.backbone import (
 )
 from ctd_scale.llm.collator import Collator, LLMBatch, Row
 from ctd_scale.llm.descriptions import describe_items
-from ctd_scale.llm.model import VECTOR_SCALE, PreferenceLM, build_preference_lm, history_encoder
+from ctd_scale.llm.history import READER, history_weights
+from ctd_scale.llm.model import PreferenceLM, build_preference_lm
 from ctd_scale.llm.prompts import Prompts, make_prompts
+from ctd_scale.llm.reader import reader_of
 from ctd_scale.llm.tokens import load_item_tokens, token_source
 from ctd_scale.llm.validation import Best, validation_ndcg
+from ctd_scale.llm.vectors import initial_vectors
 from ctd_scale.llm.weights import BACKBONE, export_model
 from ctd_scale.llm.windows import Windows, pack, plan_steps, training_windows
 from ctd_scale.ranking import validation_users
@@ -40,8 +44,16 @@ from ctd_scale.terminal import console
 FACTS = "facts.json"
 
 
-def train_llm(run: Run, config: RunConfig, config_hash: str, target: str = "models/llm", stage: str = "llm") -> None:
-    """interactions, embeddings, tokens -> models/llm (backbone, text tokenizer, adapter, head with item vectors).
+def train_llm(
+    run: Run,
+    config: RunConfig,
+    config_hash: str,
+    target: str = "models/llm",
+    stage: str = "llm",
+    history: Artifact | None = None,
+) -> None:
+    """interactions, embeddings, tokens, models/history -> models/llm (backbone, text tokenizer, adapter, head with item
+    vectors).
 
     A variant that `config.llm` describes goes by other names: its artifact `target`, its checkpoints and logs `stage`.
     """
@@ -55,6 +67,7 @@ def train_llm(run: Run, config: RunConfig, config_hash: str, target: str = "mode
         raise ArtifactError(
             f"tokens has token_dim={made_dim} but the LLM's hidden_size={token_dim}; rerun train_tokenizer"
         )
+    read = None if history is None else history_weights(history)
     dtype = compute_dtype(config.llm.dtype, torch.device("cuda" if config.resources.llm.use_gpu else "cpu"))
     shown = json.dumps(zero.deepspeed_config(config.llm, dtype))
     console.print(f"  DeepSpeed: {shown}", highlight=False, soft_wrap=True, style="dim")
@@ -68,13 +81,16 @@ def train_llm(run: Run, config: RunConfig, config_hash: str, target: str = "mode
             "interactions": str(interactions.path),
             "embeddings": str(embeddings.path),
             "tokens": str(tokens.path),
+            "history": None if read is None else str(read),
+            "history_dropout": config.history.dropout,
         },
         run=run,
         stage=stage,
         key=config_hash,
         resources=config.resources.llm,
     )
-    inputs = {artifact.name: artifact.digest for artifact in (interactions, embeddings, tokens)}
+    made_from = [interactions, embeddings, tokens, *([] if history is None else [history])]
+    inputs = {artifact.name: artifact.digest for artifact in made_from}
     facts = {
         "cond_dim": config.llm.preference_dim,
         "token_dim": token_dim,
@@ -208,7 +224,11 @@ def train_loop(arguments: dict[str, Any]) -> None:
     plan = make_plan(log, collator, config, seed)
 
     item_embeddings = NodeArrays.load(Path(arguments["embeddings"])).items
-    model = new_model(config, backbone, item_embeddings, seed, prompts)
+    history = {} if arguments["history"] is None else load_file(arguments["history"])
+    make_model = partial(
+        new_model, config, backbone, item_embeddings, seed, prompts, history, arguments["history_dropout"]
+    )
+    model = make_model()
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98), fused=True)
     factors = learning_rates(config, plan.total_steps)
@@ -272,9 +292,9 @@ def train_loop(arguments: dict[str, Any]) -> None:
             "temperature": engine.module.head.temperature.detach(),
         }
         if step in plan.epoch_ends and len(users):
-            ndcg = validation_ndcg(engine, log, collator, users, config, mask_seen=arguments["mask_seen"])
+            ndcg, share = validation_ndcg(engine, log, collator, users, config, mask_seen=arguments["mask_seen"])
             if ndcg > best.ndcg:
-                best = Best.of(plan.epoch_ends.index(step) + 1, ndcg, engine.module)
+                best = Best.of(plan.epoch_ends.index(step) + 1, ndcg, engine.module, share)
             training.report({"step": step, "ndcg": ndcg})
             validated = {"validation_ndcg": torch.tensor(ndcg), "best_ndcg": torch.tensor(best.ndcg)}
         steplog.step(step, curves | validated)
@@ -288,7 +308,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
         write(folder)
         if rank == 0:
             target = folder / training.EXPORT
-            export_model(target, new_model(config, backbone, item_embeddings, seed, prompts), best.weights, dtype)
+            export_model(target, make_model(), best.weights, dtype)
             text_tokenizer.save_pretrained(target / BACKBONE)
             prompts.save(target, config.max_title_tokens)
             (target / FACTS).write_text(json.dumps({**plan.facts(parts), **best.facts()}))
@@ -298,10 +318,19 @@ def train_loop(arguments: dict[str, Any]) -> None:
 
 
 def new_model(
-    config: LLMConfig, backbone: Path, item_embeddings: np.ndarray, seed: int, prompts: Prompts | None = None
+    config: LLMConfig,
+    backbone: Path,
+    item_embeddings: np.ndarray,
+    seed: int,
+    prompts: Prompts | None = None,
+    history: Mapping[str, torch.Tensor] | None = None,
+    history_dropout: float = 0.0,
 ) -> PreferenceLM:
     """The model before training; the same on every worker and on every start. Joined item vectors need the `prompts`,
-    from which items are described."""
+    from which items are described.
+
+    With a `history` (what `train_history` publishes) reader and item vectors are its, and rest; a preference is what
+    they make of it until W learns something else."""
     training.seed_all(seed)
     lm = load_causal_lm(backbone, config.num_hidden_layers)
     if config.gradient_checkpointing:
@@ -316,35 +345,28 @@ def new_model(
         lm = inject_adapter_in_model(lora, lm)
     vectors = initial_vectors(torch.tensor(np.asarray(item_embeddings)), config)
     projected_dim = item_embeddings.shape[1] if config.item_tokens == "projected" else None
-    descriptions = None
-    if config.item_vectors == "joined":
+    reader, descriptions = reader_of(history or {}, READER, history_dropout), None
+    if reader is None and config.item_vectors == "joined":
         if prompts is None:
             raise ValueError("llm.item_vectors='joined' needs the prompts of the catalogue")
-        descriptions = describe_items(prompts, lm.get_input_embeddings().weight)
-    return build_preference_lm(
+        descriptions = describe_items(prompts)
+    model = build_preference_lm(
         lm,
         vectors,
         config.temperature,
-        learn_vectors=config.item_vectors != "collaborative",
+        learn_vectors=config.item_vectors != "collaborative" and reader is None,
         projected_dim=projected_dim,
         recency=config.recency,
         input_dropout=config.input_dropout,
         head_dropout=config.head_dropout,
         descriptions=descriptions,
-        history=history_encoder(
-            config.preference_dim, config.max_history, config.history_blocks, config.history_dropout
-        ),
+        reader=reader,
     )
-
-
-def initial_vectors(embeddings: torch.Tensor, config: LLMConfig) -> torch.Tensor:
-    """Where the item vectors start: at the collaborative embeddings, or random where the size differs."""
-    if config.item_vectors == "collaborative":
-        return F.normalize(embeddings, dim=1)
-    if embeddings.shape[1] == config.preference_dim:
-        centred = embeddings - embeddings.mean(dim=0)
-        return VECTOR_SCALE * centred / centred.std()
-    return VECTOR_SCALE * torch.randn(len(embeddings), config.preference_dim)
+    if reader is not None:
+        reader.requires_grad_(False)
+        torch.nn.init.zeros_(model.head.project.weight)
+        model.head.load_state_dict(dict(history or {}), strict=False)
+    return model
 
 
 def parameter_groups(model: PreferenceLM, config: LLMConfig) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""Which epoch is kept: the one whose preferences rank the validation items best."""
+"""Which epoch is kept: the one whose preferences rank the validation items best. And, where the LLM adds to what a
+reader says, how much of it: it learned beside one that knew most answers already.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,8 @@ from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.ranking import counted_ranks, ndcg_gains
 
 NUMBERS, WEIGHTS = "best.json", "best.safetensors"
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of W h that are tried, where a preference begins with what a reader says
+PROJECTION = "head.project.weight"
 
 
 @dataclass
@@ -32,21 +36,25 @@ class Best:
 
     epoch: int = 0
     ndcg: float = -1.0
+    share: float = 1.0
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, epoch: int, ndcg: float, model: torch.nn.Module) -> Best:
-        """The model as it is now; every rank must call this."""
+    def of(cls, epoch: int, ndcg: float, model: torch.nn.Module, share: float = 1.0) -> Best:
+        """The model as it is now, with so much of W; every rank must call this."""
         weights = zero.consolidate(model)
-        return cls(epoch, ndcg, weights if training.rank() == 0 else {})
+        if training.rank() == 0:
+            weights[PROJECTION] = share * weights[PROJECTION]
+        return cls(epoch, ndcg, share, weights if training.rank() == 0 else {})
 
     def facts(self) -> dict[str, float]:
         """What the manifest says of it."""
-        return {"best_epoch": self.epoch} | ({"validation_ndcg@10": round(self.ndcg, 6)} if self.ndcg >= 0 else {})
+        ndcg = {"validation_ndcg@10": round(self.ndcg, 6)} if self.ndcg >= 0 else {}
+        return {"best_epoch": self.epoch, "llm_share": self.share, **ndcg}
 
     def save(self, folder: Path) -> None:
         """Rank 0's part of a checkpoint."""
-        (folder / NUMBERS).write_text(json.dumps({"epoch": self.epoch, "ndcg": self.ndcg}))
+        (folder / NUMBERS).write_text(json.dumps({"epoch": self.epoch, "ndcg": self.ndcg, "share": self.share}))
         if self.weights:
             save_file(self.weights, folder / WEIGHTS)
 
@@ -65,9 +73,10 @@ def validation_ndcg(
     config: LLMConfig,
     *,
     mask_seen: bool,
-) -> float:
-    """NDCG@10 of the preference over these users' validation items among all items; each worker ranks its share, and
-    every rank must call this."""
+) -> tuple[float, float]:
+    """NDCG@10 of the preference over these users' validation items among all items, and at which share of W h: the
+    best of `SHARES` beside a reader, otherwise 1. Each worker ranks its part of the users, and every rank must call
+    this."""
     rank, workers = training.rank(), training.world_size()
     most = -(-len(users) // workers)
     own = users[rank::workers]
@@ -81,18 +90,20 @@ def validation_ndcg(
     engine.eval()
     with torch.no_grad():
         queries = _preferences(engine, collator, rows, order, most, config.inference_batch)
-        vectors = zero.item_vectors(engine.module.head)
+        vectors, begun = zero.item_space(engine.module.head, [row.items for row in rows], config.inference_batch)
     engine.train()
     directions = F.normalize(vectors.float(), dim=1).cpu().numpy()
     excluded = [history if mask_seen else history[:0] for history in histories]
-    total = 0.0
+    shares = SHARES if engine.module.head.reader is not None else SHARES[:1]
+    totals = torch.zeros(len(shares), dtype=torch.float64, device=vectors.device)
     if rows:
-        total = float(ndcg_gains(counted_ranks(directions, queries, targets, excluded)).sum())
+        for number, share in enumerate(shares):
+            asked = queries if begun is None else begun + share * (queries - begun)
+            totals[number] = float(ndcg_gains(counted_ranks(directions, asked, targets, excluded)).sum())
     if workers > 1:
-        summed = torch.tensor(total, dtype=torch.float64, device=vectors.device)
-        dist.all_reduce(summed)
-        total = float(summed)
-    return total / len(users)
+        dist.all_reduce(totals)
+    best = int(totals.argmax())
+    return float(totals[best]) / len(users), shares[best]
 
 
 def _preferences(

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ctd_scale.llm.backbone import load_causal_lm
-from ctd_scale.llm.model import PreferenceLM, build_preference_lm, history_encoder
+from ctd_scale.llm.model import PreferenceLM, build_preference_lm
+from ctd_scale.llm.reader import reader_of
 
 BACKBONE, HEADS = "backbone", "heads.safetensors"
 PROJECTION = "adapter.enter.weight"
-PLACES = "head.history.places"
+READER = "head.reader."
 
 
 def export_model(folder: Path, model: PreferenceLM, trained: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -45,11 +46,6 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreferenceLM:
     heads = load_file(folder / HEADS)
     lm = load_causal_lm(folder / BACKBONE, dtype=dtype)
     projected_dim = heads[PROJECTION].shape[1] if PROJECTION in heads else None
-    history = None
-    if PLACES in heads:
-        blocks = {name.split(".")[3] for name in heads if name.startswith("head.history.blocks.")}
-        max_history, dim = heads[PLACES].shape
-        history = history_encoder(dim, max_history, len(blocks))
     model = build_preference_lm(
         lm,
         heads["head.vectors"],
@@ -57,7 +53,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreferenceLM:
         learn_vectors=False,
         projected_dim=projected_dim,
         recency="head.recency" in heads,
-        history=history,
+        reader=reader_of(heads, READER),
     )
     model.load_state_dict(heads, strict=False)
     return model.to(dtype).eval().requires_grad_(False)

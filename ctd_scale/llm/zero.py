@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from ctd_scale import training
 from ctd_scale.config import LLMConfig
 from ctd_scale.llm.model import PreferenceHead
+from ctd_scale.llm.reader import latest_first
 
 TAG, PROGRESS = "state", "state.json"
 STALE_SECONDS = 900.0  # compiling takes one or two minutes
@@ -160,9 +162,17 @@ def consolidate(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def item_vectors(head: PreferenceHead) -> torch.Tensor:
-    """The vectors of all items, whole, on every rank (also under ZeRO 3); every rank must call this."""
+def item_space(head: PreferenceHead, histories: list[np.ndarray], batch: int) -> tuple[torch.Tensor, np.ndarray | None]:
+    """The vectors of all items, whole, on every rank (also under ZeRO 3), and what the reader says of each history,
+    where there is one; every rank must call this."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(head.parameters())):
-        return head.item_vectors().detach().clone()
+        vectors = head.item_vectors().detach().clone()
+        if head.reader is None:
+            return vectors, None
+        read = [np.zeros((0, vectors.shape[1]), np.float32)]
+        for start in range(0, len(histories), batch):
+            recent = latest_first(histories[start : start + batch], head.reader.encoder.max_history)
+            read.append(head.begin(torch.from_numpy(recent).to(vectors.device)).float().cpu().numpy())
+    return vectors, np.concatenate(read)

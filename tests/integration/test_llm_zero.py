@@ -16,12 +16,16 @@ import pytest
 import ray
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from ctd_scale import training
 from ctd_scale.artifacts import Run
-from ctd_scale.config import LLMConfig, RunConfig, validate_config
+from ctd_scale.config import HistoryConfig, LLMConfig, RunConfig, validate_config
 from ctd_scale.llm import train, zero
+from ctd_scale.llm.history import HISTORY, history_weights, train_history
 from ctd_scale.llm.inference import PreferenceModel
+from ctd_scale.llm.reader import HistoryReader
+from ctd_scale.llm.validation import SHARES
 from ctd_scale.llm.weights import BACKBONE, HEADS, load_vectors
 from ctd_scale.ranking import rank_targets
 
@@ -55,8 +59,6 @@ def make_config(backbone: Path, workers: int = 1, **changes: Any) -> RunConfig:
         "max_history": 5,
         "preference_dim": 12,
         "item_vectors": "joined",
-        "history_blocks": 1,
-        "history_dropout": 0.0,
         "dtype": "float32",
         "epochs": EPOCHS,
         "batch_tokens": 100,
@@ -98,16 +100,22 @@ def test_it_learns_and_says_what_it_read(plain_run: Run, plain: Any, tiny_chain:
 
 
 def test_the_epoch_that_ranks_validation_best_is_kept(plain_run: Run, backbone: Path, tiny_chain: Any) -> None:
-    facts, log = plain_run.fetch("models/llm").manifest["facts"], tiny_chain.log
+    facts = plain_run.fetch("models/llm").manifest["facts"]
     assert facts["best_epoch"] < EPOCHS, "this training should overfit"
-    config = make_config(backbone).llm
-    model = PreferenceModel(plain_run.fetch("models/llm").path, tiny_chain.tokens, log.catalogue, config)
-    vectors = load_vectors(plain_run.fetch("models/llm").path)
+    assert facts["llm_share"] == 1.0, "there is nothing else"
+    assert facts["validation_ndcg@10"] == pytest.approx(ranked(plain_run, tiny_chain, backbone), abs=1e-6)
+
+
+def ranked(run: Run, tiny_chain: Any, backbone: Path) -> float:
+    """NDCG@10 of what is published over the validation items."""
+    log, folder = tiny_chain.log, run.fetch("models/llm").path
+    model = PreferenceModel(folder, tiny_chain.tokens, log.catalogue, make_config(backbone).llm)
+    vectors = load_vectors(folder)
     directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     ranks = rank_targets(
         log, lambda users, histories: model(histories) @ directions.T, "validation", mask_seen=True, chunk_users=7
     )
-    assert facts["validation_ndcg@10"] == pytest.approx(ranks.gains().mean(), abs=1e-6)
+    return float(ranks.gains().mean())
 
 
 # -- variants, many on the same workers, because those take long to start --------------------------------------
@@ -115,12 +123,14 @@ def test_the_epoch_that_ranks_validation_best_is_kept(plain_run: Run, backbone: 
 
 @dataclass(frozen=True)
 class Variant:
-    """One training: what differs in its config, after which step it is killed, and whose checkpoint it goes on from."""
+    """One training: what differs in its config, after which step it is killed, whose checkpoint it goes on from, and
+    whether a history is read before the LLM."""
 
     name: str
     changes: dict[str, Any]
     killed_after: int = 0
     goes_on: str = ""
+    reads: bool = False
 
 
 class Killed(Exception):
@@ -148,7 +158,8 @@ def several(arguments: dict[str, Any]) -> None:
         training.report_checkpoint, training.latest_checkpoint = report, latest  # type: ignore[assignment]
         config = make_config(Path(arguments["backbone"]), **variant.changes).llm.model_dump()
         with suppress(Killed):
-            train.train_loop({**arguments, "config": config})
+            history = arguments["history"] if variant.reads else None
+            train.train_loop({**arguments, "config": config, "history": history})
 
     import ray.train
     import torch.distributed
@@ -173,12 +184,14 @@ ON_TWO = [
     Variant("two, ZeRO 3", {"zero_stage": 3}),
     Variant("two, optimizer in host memory", {"offload": "optimizer"}),
     Variant("two, all in host memory", {"zero_stage": 3, "offload": "parameters"}),
+    Variant("two that read histories, ZeRO 3", {"zero_stage": 3}, reads=True),
     Variant("two, half precision", {"zero_stage": 3, "dtype": "bfloat16"}),
     *(Variant(f"two, killed, ZeRO {stage}", at(stage), killed_after=4) for stage in STAGES),
 ]
 ON_ONE = [
     Variant("one in three parts", {"accumulation_steps": 3}),
     Variant("one, ZeRO 0", {"zero_stage": 0}),
+    Variant("one that reads histories", {}, reads=True),
     Variant("one, the last epoch", {"validation_users": 0}),
     Variant("one, activations forgotten", {"gradient_checkpointing": True}),
     *(Variant(f"two then one, ZeRO {stage}", at(stage), goes_on=f"two, killed, ZeRO {stage}/4") for stage in STAGES),
@@ -197,7 +210,12 @@ def folder(plain_run: Run, backbone: Path, tmp_path_factory: pytest.TempPathFact
     made = tmp_path_factory.mktemp("variants")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
     inputs = {name: str(plain_run.fetch(name).path) for name in ("interactions", "tokens", "embeddings")}
-    rest = {"folder": str(made), "backbone": str(backbone), "seed": 0, "mask_seen": True, **inputs}
+    history = made / "history.safetensors"
+    torch.manual_seed(0)
+    reader = HistoryReader(12, 5, 1).state_dict()
+    save_file({"vectors": torch.randn(20, 12), **{f"reader.{name}": value for name, value in reader.items()}}, history)
+    read = {"history": str(history), "history_dropout": 0.0}
+    rest = {"folder": str(made), "backbone": str(backbone), "seed": 0, "mask_seen": True, **read, **inputs}
     for number, (workers, variants) in enumerate(((2, ON_TWO), (1, ON_ONE), (2, ON_TWO_AGAIN))):
         training.run_training(
             several,
@@ -215,7 +233,8 @@ def exported(folder: Path, name: str) -> Path:
     return last / training.EXPORT
 
 
-OTHERWISE = ("two, half precision", "one, the last epoch")
+READING = ("two that read histories, ZeRO 3", "one that reads histories")
+OTHERWISE = ("two, half precision", "one, the last epoch", *READING)
 
 
 @pytest.mark.parametrize("name", [each.name for each in FINISHED if each.name not in OTHERWISE])
@@ -240,6 +259,43 @@ def test_without_users_to_validate_the_last_epoch_is_kept(folder: Path, plain: A
     last = exported(folder, "one, the last epoch")
     assert json.loads((last / train.FACTS).read_text())["best_epoch"] == EPOCHS
     assert np.abs(weights(last)["head.vectors"] - plain["head.vectors"]).max() > 1e-2
+
+
+def test_what_reads_histories_rests(folder: Path) -> None:
+    """However many workers: the reader and the vectors that it was trained with stay, and W is learned."""
+    one, two = (weights(exported(folder, name)) for name in reversed(READING))
+    assert one.keys() == two.keys()
+    for parameter, values in one.items():
+        np.testing.assert_allclose(two[parameter], values, atol=3e-4, err_msg=parameter)
+    facts = [json.loads((exported(folder, name) / train.FACTS).read_text()) for name in READING]
+    assert facts[0]["llm_share"] == facts[1]["llm_share"] in SHARES
+    read = load_file(folder / "history.safetensors")
+    assert all(np.array_equal(one[f"head.{name}"], values) for name, values in read.items())
+    assert np.abs(one["head.project.weight"]).max() > 1e-2
+
+
+def test_histories_are_read_before_the_llm_is_there(tmp_path: Path, tiny_chain: Any, backbone: Path) -> None:
+    run, config = make_run(tmp_path, "reading", tiny_chain), make_config(backbone, epochs=1)
+    config = config.model_copy(update={"history": HistoryConfig(num_blocks=1, epochs=3)})
+    train_history(run, config, "key")
+    read = run.fetch("models/history")
+    assert 1 <= read.manifest["facts"]["best_epoch"] <= 3
+    assert read.manifest["facts"]["training_seconds"] > 0
+    train.train_llm(run, config, "key", history=read)
+    published = weights(run.fetch("models/llm").path)
+    found = load_file(read.path / HISTORY)
+    assert found["vectors"].shape == (20, 12)
+    assert all(np.array_equal(published[f"head.{name}"], values) for name, values in found.items() if "log" not in name)
+    run.require_made_from(run.fetch("models/llm"), read)
+    facts = run.fetch("models/llm").manifest["facts"]
+    assert facts["llm_share"] in SHARES
+    assert facts["validation_ndcg@10"] == pytest.approx(ranked(run, tiny_chain, backbone), abs=1e-6)
+
+
+def test_without_blocks_nothing_is_read_before(tmp_path: Path, tiny_chain: Any, backbone: Path) -> None:
+    run = make_run(tmp_path, "not-reading", tiny_chain)
+    train_history(run, make_config(backbone), "key")
+    assert history_weights(run.fetch("models/history")) is None
 
 
 def near(vectors: np.ndarray, expected: np.ndarray) -> float:

@@ -50,7 +50,7 @@ def test_the_graph_stage_needs_what_was_said(tmp_path: Path) -> None:
 
 
 def test_every_stage_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = load_config("debug", ["graph.epochs=1", "llm.item_vectors=joined"])
+    config = load_config("debug", ["graph.epochs=1", "llm.item_vectors=joined", "history.num_blocks=1"])
     run = Run(str(tmp_path), "run")
     estimates = plan_run(run, config)
     assert [each.stage for each in estimates] == [stage.name for stage in STAGES]
@@ -59,4 +59,5 @@ def test_every_stage_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[st
     print_plan(run, estimates)
     said = capsys.readouterr().out
     assert "train_llm" in said
+    assert "histories an epoch" in " ".join(said.split())
     assert "together" in said

@@ -4,6 +4,7 @@ answer after it."""
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from ctd_scale.config import ConfigError, LLMConfig
 from ctd_scale.llm.backbone import load_causal_lm
 from ctd_scale.llm.choices import AnswerChoices
 from ctd_scale.llm.collator import Row
+from ctd_scale.llm.history import READER
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
 from ctd_scale.llm.model import TokenAdapter, word_scale
 from ctd_scale.llm.prompts import make_category_answers
-from ctd_scale.llm.train import initial_vectors, new_model, parameter_groups
+from ctd_scale.llm.reader import HistoryReader
+from ctd_scale.llm.train import new_model, parameter_groups
+from ctd_scale.llm.vectors import initial_vectors
 from ctd_scale.llm.weights import BACKBONE, export_model, load_model, load_vectors, temperature
 
 HISTORY = np.array([3, 17, 4, 4, 9])
@@ -290,11 +294,12 @@ def test_an_exported_model_gives_the_same_preferences(
         trainable=trainable,
         preference_dim=8,
         lora_rank=2,
-        history_blocks=blocks,
-        history_dropout=0.0,
     )
     embeddings = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
-    model = new_model(config, backbone, embeddings, seed=0)
+    read = HistoryReader(8, 50, blocks).state_dict() if blocks else {}
+    history = {f"{READER}{name}": value for name, value in read.items()}
+    make = functools.partial(new_model, config, backbone, embeddings, 0, history=history)
+    model = make()
     with torch.no_grad():  # "training": also LoRA's B, which starts at zero
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -303,9 +308,9 @@ def test_an_exported_model_gives_the_same_preferences(
     batch = served.collator([prefix_row(HISTORY), prefix_row([7, 7], answer=1)])
     with torch.no_grad():
         expected, expected_loss = model.preferences(batch), model(batch)
-        untrained = new_model(config, backbone, embeddings, seed=0)
+        untrained = make()
         assert (untrained.preferences(batch) - expected).abs().max() > 1e-2
-    export_model(tmp_path, new_model(config, backbone, embeddings, seed=0), trained, torch.float32)
+    export_model(tmp_path, make(), trained, torch.float32)
     loaded = load_model(tmp_path, torch.float32)
     with torch.no_grad():
         assert torch.allclose(loaded.preferences(batch), expected, atol=1e-4)
@@ -313,7 +318,7 @@ def test_an_exported_model_gives_the_same_preferences(
             assert got.item() == pytest.approx(wanted.item(), rel=1e-4)
     assert not any("lora" in name for name, _ in loaded.named_parameters())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert np.array_equal(load_vectors(tmp_path), trained["head.vectors"].numpy())
+    assert np.array_equal(load_vectors(tmp_path), model.head.vectors.detach().numpy())
     assert temperature(tmp_path) == pytest.approx(float(trained["head.log_temperature"].exp()))
 
 
