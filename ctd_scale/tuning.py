@@ -103,6 +103,8 @@ def search(
         raise ConfigError("nothing to search: give --range stage.key=low..high or stage.key=a,b,c, once or more")
     space = dict(map(read_range, ranges))
     settings = load_config(config, overrides)
+    if stages[0].name == "train_history" and not settings.history.num_blocks and "history.num_blocks" not in space:
+        raise ConfigError("history.num_blocks=0, so nothing is trained that could be tuned; --set history.num_blocks=2")
     for _ in range(20):  # a key that does not exist, or a value out of bounds, is an error now and not in an hour
         load_config(config, [*overrides, *overrides_of({key: each.sample() for key, each in space.items()})])
     run.write_config(settings)
@@ -172,8 +174,8 @@ def show_trials(trials: Sequence[Trial]) -> None:
 
 def _stages(stage: Stage) -> list[Stage]:
     """What a trial runs. Raises ConfigError where it would not be ranked on validation."""
-    tuned = {"train_graph": ["train_graph"], "train_llm": ["train_llm"], "train_diffusion": list(AFTER_DIFFUSION)}
-    tuned |= {each.name: [each.name] for each in BASELINES}
+    alone = ("train_graph", "train_history", "train_llm", *(each.name for each in BASELINES))
+    tuned = {name: [name] for name in alone} | {"train_diffusion": list(AFTER_DIFFUSION)}
     if stage.name not in tuned:
         names = ", ".join(name.removeprefix("train_") for name in tuned)
         raise ConfigError(f"{stage.name} is not ranked on validation by itself; what can be tuned: {names}")

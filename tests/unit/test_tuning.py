@@ -45,6 +45,7 @@ def test_what_is_written_down_is_what_was_trained() -> None:
         ("llm", ["llm.rate=1..2"], r"llm\.rate: unknown key"),
         ("llm", ["llm.head_dropout=0.5..1.5"], r"llm\.head_dropout: Input should be less than or equal to 1"),
         ("llm", [], "nothing to search"),
+        ("history", ["history.dropout=0..0.5"], r"history\.num_blocks=0, so nothing is trained"),
         (
             "tokenizer",
             ["tokenizer.mask_ratio=0..1"],
