@@ -12,6 +12,7 @@ from numpy import ndarray
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
+from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import InteractionLog, Preferences, Ranking, Split, save_rankings
 from ctd_scale.config import RunConfig
@@ -82,17 +83,18 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
     log = InteractionLog.load(artifacts["interactions"].path)
     preferences = Preferences.load(artifacts["preferences"].path, "validation")
     preferences = _sample(preferences, config.evaluation.calibration_users, config.seed)
-    pools = list(
-        scored_pools(
-            log,
-            preferences,
-            "validation",
-            load_density(artifacts, config),
-            load_retrieve(artifacts, config),
-            mask_seen=config.evaluation.mask_seen,
-            chunk=config.evaluation.chunk_users,
-        )
+    chunk = config.evaluation.chunk_users
+    scored = scored_pools(
+        log,
+        preferences,
+        "validation",
+        load_density(artifacts, config),
+        load_retrieve(artifacts, config),
+        mask_seen=config.evaluation.mask_seen,
+        chunk=chunk,
     )
+    logs = run.root / "logs" / "calibrate_ranking"
+    pools = list(training.shown_steps(scored, -(-len(preferences) // chunk), "calibrate_ranking", logs))
     rankings, ndcg = choose_rankings(pools, config)
     inputs = {artifact.name: artifact.digest for artifact in artifacts.values()}
     facts = {"validation_ndcg@10": ndcg, "users": len(preferences)}

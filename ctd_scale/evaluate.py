@@ -13,6 +13,7 @@ from jaxtyping import Float64, Int32, Int64
 from numpy import ndarray
 from rich.table import Table
 
+from ctd_scale import training
 from ctd_scale.artifacts import Artifact, Run, write_text
 from ctd_scale.baselines.scorers import SCORERS
 from ctd_scale.batches import SPLITS, InteractionLog, Preferences, Split, load_rankings
@@ -96,7 +97,7 @@ def rank_all(
 ) -> dict[str, Ranks]:
     """Rank every target of the split among all items, with every model of the run."""
     ranked = {name: rank_baseline(name, run, config, split, mask_seen) for name in ("popularity", "lightgcn")}
-    return {**ranked, **_rank_chain(artifacts, config, split, mask_seen)}
+    return {**ranked, **_rank_chain(artifacts, config, split, mask_seen, run.root / "logs" / "evaluate")}
 
 
 def rank_baseline(name: str, run: Run, config: RunConfig, split: Split, mask_seen: bool) -> Ranks:
@@ -107,7 +108,7 @@ def rank_baseline(name: str, run: Run, config: RunConfig, split: Split, mask_see
 
 
 def _rank_chain(
-    artifacts: Mapping[str, Artifact], config: RunConfig, split: Split, mask_seen: bool
+    artifacts: Mapping[str, Artifact], config: RunConfig, split: Split, mask_seen: bool, logs: Path
 ) -> dict[str, Ranks]:
     """All rankings of the chain over common pools, and the paper's single generated vector."""
     log = InteractionLog.load(artifacts["interactions"].path)
@@ -122,16 +123,9 @@ def _rank_chain(
     top: dict[str, list[ndarray]] = {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
     started = time.perf_counter()
-    pools = scored_pools(
-        log,
-        preferences,
-        split,
-        density,
-        retrieve,
-        mask_seen=mask_seen,
-        chunk=config.evaluation.chunk_users,
-    )
-    for each in pools:
+    chunk = config.evaluation.chunk_users
+    pools = scored_pools(log, preferences, split, density, retrieve, mask_seen=mask_seen, chunk=chunk)
+    for each in training.shown_steps(pools, -(-len(preferences) // chunk), f"evaluate {split}", logs):
         pool, queries = each.pool, unit_vectors(each.pool.preferences, "query")
         size = (pool.ids >= 0).sum(axis=1)
         tail = retrieve.tail(pool, TOP)

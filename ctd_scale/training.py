@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -345,6 +345,14 @@ def shown_progress(stage: str, logs: Path) -> Iterator[None]:
         thread.join()
 
 
+def shown_steps(items: Iterable[T], total: int, stage: str, logs: Path) -> Iterator[T]:
+    """Passes items on and shows how many of the `total` were used."""
+    with shown_progress(stage, logs):
+        for number, item in enumerate(items, start=1):
+            yield item
+            write_progress(logs, number, total)
+
+
 def _read_progress(file: Path) -> dict[str, Any] | None:
     try:
         progress: dict[str, Any] = json.loads(file.read_text())
@@ -367,7 +375,7 @@ def _draw_bar(stage: str, file: Path, stop: threading.Event) -> None:
         TextColumn("{task.fields[values]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(stage, total=None, values="starting workers")
+        task = bar.add_task(stage, total=None, values="starting")
         while True:
             stopped = stop.wait(0.5)
             if (progress := _read_progress(file)) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,3 +48,12 @@ def test_another_error_is_not_tried_again(tried: list[Exception]) -> None:
     tried += [ValueError("no such option"), ValueError("tried again")]
     with pytest.raises(ValueError, match="no such option"):
         training.start_ray()
+
+
+def test_steps_are_passed_on_and_shown(tmp_path: Path) -> None:
+    seen = []
+    for item in training.shown_steps(iter("abc"), 3, "a stage", tmp_path):
+        file = tmp_path / training.PROGRESS
+        seen.append((item, json.loads(file.read_text())["step"] if file.exists() else 0))
+    assert seen == [("a", 0), ("b", 1), ("c", 2)], "a step counts when it was used"
+    assert json.loads((tmp_path / training.PROGRESS).read_text()) == {"step": 3, "total": 3}
