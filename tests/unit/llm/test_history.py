@@ -146,3 +146,28 @@ def test_an_llm_begins_with_what_was_read(backbone: Path, tmp_path: Path) -> Non
     assert any(each is model.head.project.weight for each in fresh)
     assert not any(parameter.requires_grad for parameter in (*model.head.reader.parameters(), model.head.vectors))
     assert F.cosine_similarity(model.head.item_vectors(), history["vectors"]).min() == pytest.approx(1)
+
+
+def test_training_is_the_plain_loop(tmp_path: Path, one_worker: Any, backbone: Path) -> None:
+    """Two epochs with dropout, though validation items are ranked between them."""
+    arguments = arguments_for(tmp_path, backbone)
+    arguments["config"]["history"] |= {"epochs": 2, "dropout": 0.3, "validation_users": 0}
+    found = load_file(one_worker.run(train_loop, arguments) / WEIGHTS)
+    config, log, head = load_untrained(arguments)
+    task = history_task(log, config, head)
+    weights = {name: each for name, each in task.model.named_parameters() if each.requires_grad}
+    optimizer = torch.optim.Adam(weights.values(), lr=5e-3)
+    for step, samples in enumerate(task.steps(0) + task.steps(1)):
+        batch = task.collate(samples, np.random.default_rng((0, 42, step)))
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        (task.model(*batch) / len(samples)).backward()
+        optimizer.step()
+    assert found.keys() == weights.keys()
+    histories = [log.history(user, "test") for user in range(USERS)]
+    with torch.no_grad():
+        plain = task.model.eval().score(np.arange(USERS), histories)
+        assert torch.allclose(found["head.vectors"], weights["head.vectors"], atol=1e-4)
+        restore(task.model, found)
+        # Not all weights themselves: a bias of the keys changes nothing, so Adam moves it by what rounding leaves.
+        assert torch.allclose(task.model.score(np.arange(USERS), histories), plain, atol=1e-4)
