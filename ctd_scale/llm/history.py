@@ -82,8 +82,10 @@ def new_head(
 
 
 def history_task(log: InteractionLog, config: RunConfig, head: PreferenceHead) -> Task:
-    """Every training prefix once an epoch."""
+    """Every training prefix once an epoch. Raises ValueError where there is none."""
     users, ends = prefixes(log.train_lengths())
+    if not len(users):
+        raise ValueError("no user has two training interactions or more, so there is nothing to predict")
     most = config.llm.max_history
 
     def collate(chosen: ndarray, random: np.random.Generator) -> tuple[Tensor, ...]:

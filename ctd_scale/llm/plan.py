@@ -104,6 +104,7 @@ def plan_history(log: InteractionLog, config: RunConfig) -> Estimate:
     lengths = log.train_lengths()
     sampled = lengths[:: max(1, len(lengths) // SAMPLED_USERS)]
     ends = np.minimum(prefixes(sampled)[1], config.llm.max_history)
+    ends = ends if len(ends) else np.ones(1, np.int64)  # a log of which nothing can be learned
     samples = len(lengths) / len(sampled) * len(ends)
     catalogue = min(log.num_items, config.llm.full_softmax_limit)
     if log.num_items > catalogue:

@@ -116,6 +116,13 @@ def test_workers_sum_to_what_one_would_compute(limit: int) -> None:
     empty.backward()
 
 
+def test_without_a_prefix_there_is_nothing_to_learn() -> None:
+    alone = InteractionLog(np.arange(0, 7, 3), np.arange(6, dtype=np.int32), ["a", "b"], LOG.catalogue)
+    embeddings = np.zeros((ITEMS, DIM), np.float32)
+    with pytest.raises(ValueError, match="two training interactions"):
+        history_task(alone, make_config(), new_head(make_config(), embeddings, None))
+
+
 @pytest.mark.parametrize("changes", [{}, {"full_softmax_limit": 5, "sampled_negatives": 8}, {"item_vectors": "joined"}])
 def test_the_next_item_is_first(changes: dict[str, Any], tmp_path: Path, one_worker: Any, backbone: Path) -> None:
     arguments = arguments_for(tmp_path, backbone, **changes)
