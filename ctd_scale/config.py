@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ctd_scale.config_baselines import BaselinesConfig
 from ctd_scale.config_resources import ResourcesConfig
-from ctd_scale.config_section import Fraction, NotNegative, Positive, PositiveFloat, Section
+from ctd_scale.config_section import Count, EpochsConfig, Fraction, NotNegative, Positive, PositiveFloat, Section
 from ctd_scale.config_serving import ServingConfig
 
 if sys.version_info >= (3, 11):
@@ -58,7 +58,7 @@ class InteractionsConfig(Section):
     withheld_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         0.1, description="share of the interactions in each of validation and test, where split = global_time"
     )
-    withheld_users: Annotated[int, Field(ge=0)] = Field(
+    withheld_users: Count = Field(
         0, description="of how many users, drawn at random, items are withheld; the others train whole; 0 = all"
     )
     max_bad_fraction: Fraction = 0.01
@@ -83,7 +83,7 @@ class GraphConfig(Section):
     num_layers: Positive = 2
     fanout: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (16, 8)
     replace: bool = Field(False, description="draw with replacement where a node has more neighbours than its fanout")
-    hub_cap: Annotated[int, Field(ge=0)] = Field(0, description="a node hears from so many neighbours at most; 0 = all")
+    hub_cap: Count = Field(0, description="a node hears from so many neighbours at most; 0 = all")
     time_respecting: bool = Field(False, description="train each edge on what was older than it; needs timestamps")
     epochs: Positive = 40
     batch_size: Positive = Field(2048, description="positive edges per optimizer step, all workers together")
@@ -128,41 +128,34 @@ class TokenizerConfig(Section):
     checkpoint_every_steps: Positive = 500
 
 
-class HistoryConfig(Section):
+class HistoryConfig(EpochsConfig):
     """What reads the vectors of a history's items, trained with them before the LLM (method: LLM). Sizes, item vectors
     and the softmax over items are those of `llm`."""
 
-    num_blocks: Annotated[int, Field(ge=0)] = Field(
-        0, description="blocks of self-attention; 0 = none, and item vectors are learned with the LLM"
-    )
+    num_blocks: Count = Field(0, description="blocks of self-attention; 0 = item vectors are learned with the LLM")
     dropout: Fraction = 0.5
-    epochs: Positive = Field(30, description="at most: training ends after `patience` that are not the best")
+    epochs: Positive = 30
+    validate_every: Positive = 1
+    validation_users: Count = 1000
     patience: Positive = 3
-    batch_size: Positive = Field(256, description="histories per optimizer step, all workers together")
-    learning_rate: PositiveFloat = 1e-3
-    validation_users: Annotated[int, Field(ge=0)] = Field(
-        1000, description="whose validation items choose the epoch that is kept; 0 = keep the last"
-    )
 
 
 class LLMConfig(Section):
     """The preference model: backbone, prompt, losses and ZeRO fine-tuning (method: LLM)."""
 
     backbone: str = Field("smollm2-135m", description="`smollm2-135m` (from its wheel) or a folder of an HF causal LM")
-    num_hidden_layers: Annotated[int, Field(ge=0)] = Field(8, description="keep the first n layers; 0 = all")
+    num_hidden_layers: Count = Field(8, description="keep the first n layers; 0 = all")
     trainable: Literal["full", "lora"] = "full"
     lora_rank: Positive = 16
     lora_alpha: Positive = 32
     max_history: Positive = 50
-    max_windows: Annotated[int, Field(ge=0)] = Field(
-        0, description="train on the latest n windows of max_history items of each user; 0 = all"
-    )
+    max_windows: Count = Field(0, description="train on each user's latest n windows of max_history items; 0 = all")
     max_title_tokens: Positive = 6
     use_user_tokens: bool = Field(
         False, description="a known user's tokens first; a served history has no user, and so none: for study only"
     )
     epochs: Positive = 5
-    validation_users: Annotated[int, Field(ge=0)] = Field(
+    validation_users: Count = Field(
         1000, description="whose validation items choose the epoch that is kept; 0 = keep the last"
     )
     batch_tokens: Positive = Field(
@@ -301,7 +294,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """The whole pipeline."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
     interactions: InteractionsConfig = InteractionsConfig()
     graph: GraphConfig = GraphConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ctd_scale.config_section import Fraction, NotNegative, Positive, PositiveFloat, Section
+from ctd_scale.config_section import EpochsConfig, Fraction, NotNegative, Positive, PositiveFloat, Section
 
 
 class ItemKNNConfig(Section):
@@ -14,17 +14,10 @@ class ItemKNNConfig(Section):
     shrinkage: NotNegative = 0.0
 
 
-class TrainedBaseline(Section):
-    """What every trained baseline has: Adam, epochs, and which of them is kept."""
+class TrainedBaseline(EpochsConfig):
+    """What every trained baseline has."""
 
     embed_dim: Positive = 64
-    epochs: Positive = 200
-    batch_size: Positive = 256
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: NotNegative = Field(0.0, description="L2 within Adam, on all weights")
-    validate_every: Positive = Field(2, description="epochs between two rankings of the validation items")
-    validation_users: Positive = 10_000
-    patience: Positive = Field(5, description="stop after so many rankings that are not the best")
 
 
 class MatrixFactorizationConfig(TrainedBaseline):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from ctd_scale.config_section import Positive, Section
+from ctd_scale.config_section import Count, Positive, Section
 
 
 class StageResources(Section):
@@ -17,8 +17,8 @@ class StageResources(Section):
     gpu_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="of a GPU, for each worker: small trainings, such as the trials of a search, share one"
     )
-    threads_per_worker: Annotated[int, Field(ge=0)] = Field(0, description="0 = cores / workers")
-    max_failures: Annotated[int, Field(ge=0)] = 2
+    threads_per_worker: Count = Field(0, description="0 = cores / workers")
+    max_failures: Count = 2
 
     @model_validator(mode="after")
     def _one_gpu_each(self) -> StageResources:

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of."""
+"""What every section of the configuration is made of, and what those share that are trained in whole epochs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 
@@ -16,3 +17,17 @@ class Section(BaseModel):
     """Base of every section: frozen, strict types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class EpochsConfig(Section):
+    """Adam at a constant rate for so many epochs at most, and which of them is kept."""
+
+    epochs: Positive = 200
+    batch_size: Positive = Field(256, description="samples per optimizer step, all workers together")
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NotNegative = Field(0.0, description="L2 within Adam, on all weights")
+    validate_every: Positive = Field(2, description="epochs between two rankings of the validation items")
+    validation_users: Count = Field(
+        10_000, description="whose validation items choose the epoch that is kept; 0 = keep the last"
+    )
+    patience: Positive = Field(5, description="stop after so many rankings that are not the best")

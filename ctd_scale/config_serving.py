@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from ctd_scale.config_section import NotNegative, Positive, PositiveFloat, Section
+from ctd_scale.config_section import Count, NotNegative, Positive, PositiveFloat, Section
 
 
 class ServingConfig(Section):
@@ -28,9 +28,7 @@ class ServingConfig(Section):
     max_history: Positive = 500
     max_requests: Positive = Field(100, description="of one batch")
     max_body_bytes: Positive = 1_000_000
-    cached_preferences: Annotated[int, Field(ge=0)] = Field(
-        100_000, description="preferences that each ingress replica keeps, by history"
-    )
+    cached_preferences: Count = Field(100_000, description="preferences that each ingress replica keeps, by history")
     recall_probe_s: NotNegative = Field(
         60.0, description="how often each ingress replica compares an approximate index with exact search; 0 = never"
     )

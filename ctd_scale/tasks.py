@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ctd_scale import training
 from ctd_scale.batches import InteractionLog
+from ctd_scale.config_section import EpochsConfig
 from ctd_scale.ranking import Scorer, rank_targets, validation_users
 
 WEIGHTS, FACTS = "model.safetensors", "facts.json"
@@ -47,20 +48,6 @@ class Task:
     half_precision: bool = False
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Adam at a constant rate for so many epochs at most, and which of them is kept: every `validate_every` epochs
-    the validation items of at most `validation_users` are ranked, and after `patience` rankings that are not the best
-    nothing more is trained."""
-
-    epochs: int
-    learning_rate: float
-    weight_decay: float
-    validate_every: int
-    validation_users: int
-    patience: int
-
-
 def in_order(count: int, batch_size: int, random: np.random.Generator) -> list[ndarray]:
     """All samples once, shuffled, `batch_size` at a time."""
     order = random.permutation(count)
@@ -80,7 +67,7 @@ def by_length(lengths: Int64[ndarray, "samples"], batch_size: int, random: np.ra
 
 def train_task(
     task: Task,
-    schedule: Schedule,
+    settings: EpochsConfig,
     log: InteractionLog,
     arguments: dict[str, Any],
     *,
@@ -88,11 +75,12 @@ def train_task(
     mask_seen: bool,
     device: torch.device,
 ) -> None:
-    """One worker: its share of every global batch. The export holds the weights of the best epoch (`WEIGHTS`, read
-    again by `restore`) and what is to be said of it (`FACTS`)."""
+    """One worker: its share of every global batch. Every `validate_every` epochs validation items are ranked, and after
+    `patience` rankings that are not the best nothing more is trained. The export holds the weights of the best epoch
+    (`WEIGHTS`, read again by `restore`) and what is to be said of it (`FACTS`)."""
     model = task.model.to(device)
     groups = task.groups or [{"params": [each for each in model.parameters() if each.requires_grad]}]
-    optimizer = torch.optim.Adam(groups, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
+    optimizer = torch.optim.Adam(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     best, best_ndcg, best_epoch, epoch, step = learned(model), -1.0, 0, 0, 0
     with training.latest_checkpoint(arguments) as folder:
         if folder is not None:
@@ -113,11 +101,11 @@ def train_task(
 
     parallel: nn.Module = DistributedDataParallel(model) if training.world_size() > 1 else model
     mine = slice(training.rank(), None, training.world_size())
-    users = validation_users(log, schedule.validation_users, seed)
-    steplog = training.StepLog(arguments["logs"], schedule.epochs * len(task.steps(0)))
+    users = validation_users(log, settings.validation_users, seed)
+    steplog = training.StepLog(arguments["logs"], settings.epochs * len(task.steps(0)))
 
     def finished() -> bool:
-        return epoch == schedule.epochs or epoch - best_epoch >= schedule.patience * schedule.validate_every
+        return epoch == settings.epochs or epoch - best_epoch >= settings.patience * settings.validate_every
 
     while not finished():
         for samples in task.steps(epoch):
@@ -132,7 +120,7 @@ def train_task(
             step += 1
             steplog.step(step, {"loss": loss.detach() * training.world_size(), "best_ndcg": best_ndcg})
         epoch += 1
-        if epoch % schedule.validate_every == 0 or epoch == schedule.epochs:
+        if epoch % settings.validate_every == 0 or epoch == settings.epochs:
             ndcg = validation_ndcg(log, model, users, mask_seen)
             if ndcg > best_ndcg or not len(users):  # nobody to choose by: the last
                 best, best_ndcg, best_epoch = learned(model), ndcg, epoch

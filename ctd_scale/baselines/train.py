@@ -20,9 +20,8 @@ from ctd_scale.baselines.names import DISCRETE, SEQUENTIAL
 from ctd_scale.baselines.sequential import sequential_task
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config import RunConfig
-from ctd_scale.config_baselines import TrainedBaseline
 from ctd_scale.ranking import Scorer
-from ctd_scale.tasks import FACTS, WEIGHTS, Schedule, Task, restore, scorer_of, train_task
+from ctd_scale.tasks import FACTS, WEIGHTS, Task, restore, scorer_of, train_task
 
 MAKERS: dict[str, Callable[[InteractionLog, RunConfig], Task]] = {
     "bpr_mf": matrix_factorization_task,
@@ -67,19 +66,11 @@ def load_scorer(name: str, run: Run, config: RunConfig) -> Scorer:
 def train_loop(arguments: dict[str, Any]) -> None:
     """One worker of the baseline `arguments["name"]`."""
     name, config = str(arguments["name"]), RunConfig.model_validate(arguments["config"])
-    settings: TrainedBaseline = getattr(config.baselines, name)
     device = training.prepare_worker(arguments, config.seed)
     log = InteractionLog.load(Path(arguments["interactions"]))
     train_task(
         MAKERS[name](log, config),
-        Schedule(
-            epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            validate_every=settings.validate_every,
-            validation_users=settings.validation_users,
-            patience=settings.patience,
-        ),
+        getattr(config.baselines, name),
         log,
         arguments,
         seed=config.seed,

@@ -31,7 +31,7 @@ from ctd_scale.llm.prompts import make_prompts
 from ctd_scale.llm.reader import HistoryReader, latest_first
 from ctd_scale.llm.vectors import initial_vectors
 from ctd_scale.sequence import prefixes
-from ctd_scale.tasks import FACTS, WEIGHTS, Schedule, Task, by_length, restore, train_task
+from ctd_scale.tasks import FACTS, WEIGHTS, Task, by_length, restore, train_task
 
 VECTOR_SCALE = 0.02  # of the vectors at the start: small beside what the reader says of them
 HISTORY, READER = "history.safetensors", "reader."
@@ -155,17 +155,9 @@ def train_loop(arguments: dict[str, Any]) -> None:
     """One worker: its share of every global batch."""
     device = training.prepare_worker(arguments, int(arguments["config"]["seed"]))
     config, log, head = load_untrained(arguments)
-    settings = config.history
     train_task(
         history_task(log, config, head),
-        Schedule(
-            epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            weight_decay=0.0,
-            validate_every=1,
-            validation_users=settings.validation_users,
-            patience=settings.patience,
-        ),
+        config.history,
         log,
         arguments,
         seed=config.seed,
