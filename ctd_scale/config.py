@@ -135,6 +135,7 @@ class HistoryConfig(EpochsConfig):
     num_blocks: Count = Field(0, description="blocks of self-attention; 0 = item vectors are learned with the LLM")
     dropout: Fraction = 0.5
     epochs: Positive = 30
+    ema_decay: Fraction = 0.999
     validate_every: Positive = 1
     validation_users: Count = 1000
     patience: Positive = 3

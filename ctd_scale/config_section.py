@@ -30,4 +30,5 @@ class EpochsConfig(Section):
     validation_users: Count = Field(
         10_000, description="whose validation items choose the epoch that is kept; 0 = keep the last"
     )
+    ema_decay: Fraction = Field(0.0, description="of the average of the weights that ranks and is kept; 0 = no average")
     patience: Positive = Field(5, description="stop after so many rankings that are not the best")

@@ -5,7 +5,8 @@ of them exported. A `Task` says what is trained on what; the loop does not know 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ctd_scale import training
+from ctd_scale.averaging import update_average
 from ctd_scale.batches import InteractionLog
 from ctd_scale.config_section import EpochsConfig
 from ctd_scale.ranking import Scorer, rank_targets, validation_users
@@ -76,22 +78,25 @@ def train_task(
     device: torch.device,
 ) -> None:
     """One worker: its share of every global batch. Every `validate_every` epochs validation items are ranked, and after
-    `patience` rankings that are not the best nothing more is trained. The export holds the weights of the best epoch
-    (`WEIGHTS`, read again by `restore`) and what is to be said of it (`FACTS`)."""
+    `patience` rankings that are not the best nothing more is trained. Where `ema_decay` is not 0 it is the average of
+    the weights that ranks. The export holds the weights of the best epoch (`WEIGHTS`, read again by `restore`) and what
+    is to be said of it (`FACTS`)."""
     model = task.model.to(device)
     groups = task.groups or [{"params": [each for each in model.parameters() if each.requires_grad]}]
     optimizer = torch.optim.Adam(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     best, best_ndcg, best_epoch, epoch, step = learned(model), -1.0, 0, 0, 0
+    average = learned(model) if settings.ema_decay else {}
     with training.latest_checkpoint(arguments) as folder:
         if folder is not None:
             state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
             restore(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            average = state["average"]
             best, best_ndcg, best_epoch = state["best"], state["best_ndcg"], state["best_epoch"]
             epoch, step = state["epoch"], state["step"]
 
     def write(folder: Path) -> None:
-        state = {"model": learned(model), "optimizer": optimizer.state_dict(), "best": best}
+        state = {"model": learned(model), "optimizer": optimizer.state_dict(), "average": average, "best": best}
         numbers = {"best_ndcg": best_ndcg, "best_epoch": best_epoch, "epoch": epoch, "step": step}
         torch.save({**state, **numbers}, folder / "state.pt")
         (folder / training.EXPORT).mkdir()
@@ -118,12 +123,15 @@ def train_task(
             (loss * training.world_size()).backward()
             optimizer.step()
             step += 1
+            if average:
+                update_average(average.values(), trained(model).values(), settings.ema_decay, step)
             steplog.step(step, {"loss": loss.detach() * training.world_size(), "best_ndcg": best_ndcg})
         epoch += 1
         if epoch % settings.validate_every == 0 or epoch == settings.epochs:
-            ndcg = validation_ndcg(log, model, users, mask_seen)
-            if ndcg > best_ndcg or not len(users):  # nobody to choose by: the last
-                best, best_ndcg, best_epoch = learned(model), ndcg, epoch
+            with holding(model, average) if average else nullcontext():
+                ndcg = validation_ndcg(log, model, users, mask_seen)
+                if ndcg > best_ndcg or not len(users):  # nobody to choose by: the last
+                    best, best_ndcg, best_epoch = learned(model), ndcg, epoch
             training.report_checkpoint({"epoch": epoch, "ndcg": ndcg}, write)
     training.report_checkpoint({"epoch": epoch}, write)
     steplog.close()
@@ -153,13 +161,29 @@ def scorer_of(model: Any) -> Scorer:
     return scores
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that training changes."""
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
 def learned(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the weights that training changes."""
-    return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+    return {name: each.detach().clone() for name, each in trained(model).items()}
 
 
 def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put what `learned` gave back into a model of the same making."""
-    if weights.keys() != learned(model).keys():
+    if weights.keys() != trained(model).keys():
         raise ValueError(f"these weights are of another model ({', '.join(sorted(weights)[:3])}, ...); train it again")
     model.load_state_dict(weights, strict=False)
+
+
+@contextmanager
+def holding(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model with these weights in the place of its own, which it gets back."""
+    own = learned(model)
+    restore(model, weights)
+    try:
+        yield
+    finally:
+        restore(model, own)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ctd_scale import training
 from ctd_scale.artifacts import Run
+from ctd_scale.averaging import update_average
 from ctd_scale.batches import Preferences
 from ctd_scale.config import DiffusionConfig, RunConfig
 from ctd_scale.diffusion.denoiser import Denoiser
@@ -129,15 +130,9 @@ def train_loop(arguments: dict[str, Any]) -> None:
         optimizer.step()
         schedule.step()
         step += 1
-        update_average(average, model, min(config.ema_decay, step / (step + 10)))
+        update_average(average.parameters(), model.parameters(), config.ema_decay, step)
         log.step(step, {"loss": loss.detach(), **{name: term.detach() for name, term in losses._asdict().items()}})
         if step % config.checkpoint_every_steps == 0 and step < total_steps:
             training.report_checkpoint({"step": step, "loss": loss.item()}, write)
     training.report_checkpoint({"step": step}, write)
     log.close()
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Exponential moving average of the weights; the decay grows from 0 so that the start is forgotten."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)

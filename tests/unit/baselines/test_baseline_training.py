@@ -88,13 +88,13 @@ def test_the_withheld_item_ranks_where_the_truth_puts_it(
         assert (np.nanmean(own, axis=1) > np.nanmax(other, axis=1)).mean() >= least
 
 
-@pytest.mark.parametrize("name", ["bpr_mf", "sasrec", "bsarec", "tiger"])
+@pytest.mark.parametrize(("name", "ema_decay"), [("bpr_mf", 0.0), ("sasrec", 0.9), ("bsarec", 0.0), ("tiger", 0.0)])
 def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(
-    name: str, tmp_path: Path, one_worker: Any, backbone: Path
+    name: str, ema_decay: float, tmp_path: Path, one_worker: Any, backbone: Path
 ) -> None:
     log = circles()
     log.save(tmp_path)
-    arguments = arguments_for(name, tmp_path, backbone, epochs=7)
+    arguments = arguments_for(name, tmp_path, backbone, epochs=7, ema_decay=ema_decay)
     whole = load_file(one_worker.run(train_loop, arguments) / WEIGHTS)
     losses = [curve["loss"] for curve in one_worker.curves]
     one_worker.restart(die_at=2)

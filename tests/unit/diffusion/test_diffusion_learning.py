@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from ctd_scale.batches import Preferences
 from ctd_scale.config import DiffusionConfig
 from ctd_scale.diffusion.inference import DensityModel
-from ctd_scale.diffusion.train import WEIGHTS, train_loop, update_average
+from ctd_scale.diffusion.train import WEIGHTS, train_loop
 
 ITEMS, DIM = 8, 8
 
@@ -81,15 +80,3 @@ def test_a_killed_loop_ends_where_an_uninterrupted_one_ends(tmp_path: Path, one_
     assert resumed.keys() == whole.keys()
     for name, value in whole.items():
         assert torch.allclose(resumed[name], value, atol=1e-5), name
-
-
-def test_the_average_of_weights_by_hand() -> None:
-    average, model = nn.Linear(1, 1), nn.Linear(1, 1)
-    with torch.no_grad():
-        average.weight.fill_(2.0)
-        model.weight.fill_(4.0)
-    update_average(average, model, 0.75)
-    assert average.weight.item() == pytest.approx(0.75 * 2 + 0.25 * 4)
-    assert model.weight.item() == 4
-    update_average(average, model, 0.0)
-    assert average.weight.item() == 4

@@ -155,14 +155,17 @@ def test_an_llm_begins_with_what_was_read(backbone: Path, tmp_path: Path) -> Non
     assert F.cosine_similarity(model.head.item_vectors(), history["vectors"]).min() == pytest.approx(1)
 
 
-def test_training_is_the_plain_loop(tmp_path: Path, one_worker: Any, backbone: Path) -> None:
-    """Two epochs with dropout, though validation items are ranked between them."""
+@pytest.mark.parametrize("ema_decay", [0.0, 0.6])
+def test_training_is_the_plain_loop(ema_decay: float, tmp_path: Path, one_worker: Any, backbone: Path) -> None:
+    """Two epochs with dropout, though validation items are ranked between them; of the weights themselves, or of their
+    average."""
     arguments = arguments_for(tmp_path, backbone)
-    arguments["config"]["history"] |= {"epochs": 2, "dropout": 0.3, "validation_users": 0}
+    arguments["config"]["history"] |= {"epochs": 2, "dropout": 0.3, "validation_users": 0, "ema_decay": ema_decay}
     found = load_file(one_worker.run(train_loop, arguments) / WEIGHTS)
     config, log, head = load_untrained(arguments)
     task = history_task(log, config, head)
     weights = {name: each for name, each in task.model.named_parameters() if each.requires_grad}
+    average = {name: each.detach().clone() for name, each in weights.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=5e-3)
     for step, samples in enumerate(task.steps(0) + task.steps(1)):
         batch = task.collate(samples, np.random.default_rng((0, 42, step)))
@@ -170,6 +173,10 @@ def test_training_is_the_plain_loop(tmp_path: Path, one_worker: Any, backbone: P
         optimizer.zero_grad()
         (task.model(*batch) / len(samples)).backward()
         optimizer.step()
+        for name, each in weights.items():
+            decay = min(ema_decay, (step + 1) / (step + 11))
+            average[name] = decay * average[name] + (1 - decay) * each.detach()
+    restore(task.model, average)
     assert found.keys() == weights.keys()
     histories = [log.history(user, "test") for user in range(USERS)]
     with torch.no_grad():
