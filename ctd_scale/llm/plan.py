@@ -124,13 +124,16 @@ def plan_history(log: InteractionLog, config: RunConfig) -> Estimate:
 
     stepping = seconds_per_call(step)
     steps = settings.epochs * samples / settings.batch_size
-    rest = 4.0 * (log.num_items - catalogue) * (dim + (0 if described is None else TEXT_DIM))
-    weights = 4.0 * log.num_items * dim
+    # Of each further item its vector, the gradient and two moments, and what describes it.
+    rest = 4.0 * (log.num_items - catalogue) * (4 * dim + (0 if described is None else TEXT_DIM))
+    weights, averaged = 4.0 * log.num_items * dim, settings.ema_decay > 0
+    rest += weights * (3 if averaged else 1)  # the best; the average, and what it takes the place of while it ranks
     return Estimate(
         "train_history",
         steps * stepping,
         anonymous_memory() - before + rest + 24.0 * samples,  # users, ends and lengths of all prefixes
-        8 * weights,  # two checkpoints of weights, moments and the best weights
+        # Two checkpoints of weights, moments, the best twice, and the average.
+        (12 if averaged else 10) * weights,
         f"at most {steps:,.0f} steps of {1000 * stepping:.0f} ms, {samples:,.0f} histories an epoch",
     )
 
