@@ -5,6 +5,7 @@ Which words count is decided once, when the index is built: a word outside the v
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -19,12 +20,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import bm25s
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 from numpy import ndarray
 from scipy.sparse import csc_matrix, csr_matrix
 
 from ctd_scale.batches import Catalogue
-from ctd_scale.retrieval.postings import best_documents
+from ctd_scale.retrieval.postings import best_documents, postings_of
 
 # The constant part of a generated answer: it says nothing about any item.
 ANSWER_TEMPLATE = "The user might like products, such as"
@@ -40,12 +41,9 @@ class TextIndex:
 
     def __init__(self, bm25: bm25s.BM25, silent: set[str], mean_length: float) -> None:
         self._bm25, self._silent, self._stop, self._mean_length = bm25, silent, _stop(silent), mean_length
-        postings = bm25.scores
-        self._offsets, self._ids, self._impacts = postings["indptr"], postings["indices"], postings["data"]
-        starts = np.minimum(self._offsets[:-1], max(0, len(self._impacts) - 1))
-        self._maxima = np.maximum.reduceat(self._impacts, starts) if len(self._impacts) else np.zeros(len(starts))
-        self._size = int(postings["num_docs"])
-        self._maxima = np.where(np.diff(self._offsets) > 0, self._maxima, 0).astype(np.float32)
+        scores = bm25.scores
+        self._size = int(scores["num_docs"])
+        self._postings = postings_of(scores["indptr"], scores["indices"], scores["data"], self._size)
         # What came later: by word, the impact on each item; and the built items of which the index is out of date.
         self._later: Mapping[str, Mapping[int, float]] = {}
         self._altered: Int32[ndarray, "altered"] = np.zeros(0, np.int32)
@@ -75,7 +73,8 @@ class TextIndex:
     @property
     def counts(self) -> csc_matrix:
         """What each word adds to the score of each item [items, words]; the columns are those of `describe`."""
-        return csc_matrix((self._impacts, self._ids, self._offsets), (self._size, len(self._offsets) - 1))
+        words = len(self._postings.offsets) - 1
+        return csc_matrix((self._postings.impacts, self._postings.ids, self._postings.offsets), (self._size, words))
 
     def describe(self, titles: Sequence[str], categories: Sequence[str]) -> csr_matrix:
         """Rows as in `counts` for items that the index need not have; words that it does not know are left out."""
@@ -86,12 +85,12 @@ class TextIndex:
         offsets = np.cumsum([0, *map(len, rows)])
         numbers = np.array([number for row in rows for number in row], np.int64)
         values = np.array([value for row in rows for value in row.values()], np.float32)
-        return csr_matrix((values, numbers, offsets), (len(rows), len(self._offsets) - 1))
+        return csr_matrix((values, numbers, offsets), (len(rows), len(self._postings.offsets) - 1))
 
     def with_items(self, items: Int32[ndarray, "items"], titles: Sequence[str], categories: Sequence[str]) -> TextIndex:
         """The same index in which these items, built ones or later ones, have these words. Words keep the weights that
         they had when it was built."""
-        made = TextIndex(self._bm25, self._silent, self._mean_length)
+        made = copy.copy(self)
         made._altered = items[items < self._size].astype(np.int32)
         later: dict[str, dict[int, float]] = {}
         for item, title, category in zip(items.tolist(), titles, categories, strict=True):
@@ -108,7 +107,8 @@ class TextIndex:
 
     def _idf(self, word: str) -> float:
         number = self._bm25.vocab_dict.get(word)
-        often = 0 if number is None else int(self._offsets[number + 1] - self._offsets[number])
+        offsets = self._postings.offsets
+        often = 0 if number is None else int(offsets[number + 1] - offsets[number])
         return float(np.log1p((self._size - often + 0.5) / (often + 0.5)))
 
     def save(self, folder: Path) -> None:
@@ -128,23 +128,23 @@ class TextIndex:
 
     def warm_up(self) -> None:
         """Compile what `matches` needs, so that no request waits for it."""
-        self._best(np.zeros(1, np.int64), np.ones(1, np.float32), 1, np.zeros(self._size, np.float32))
+        best_documents(np.zeros(1, np.int64), np.ones(1, np.float32), self._postings, 1)
 
     def matches(self, texts: list[str], limit: int) -> list[Int32[ndarray, "matches"]]:
         """For each text the at most `limit` items of highest BM25 score above 0, best first, ties by index.
 
         Empty for a text without a known word, such as ''.
         """
-        scores = np.zeros(self._size, np.float32)
-        return [self._match(text, limit, scores) for text in texts]
+        return [self._match(text, limit) for text in texts]
 
-    def _match(self, text: str, limit: int, scores: Float32[ndarray, "items"]) -> Int32[ndarray, "matches"]:
+    def _match(self, text: str, limit: int) -> Int32[ndarray, "matches"]:
         asked = Counter(words(text))
         numbers = {word: self._bm25.vocab_dict[word] for word in asked if word in self._bm25.vocab_dict}
         ids, sums = np.zeros(0, np.int32), np.zeros(0, np.float32)
         if numbers and limit > 0:
             known = np.array(sorted((number, asked[word]) for word, number in numbers.items()), np.int64)
-            ids, sums = self._best(known[:, 0], known[:, 1].astype(np.float32), limit + len(self._altered), scores)
+            asked_of = known[:, 0], known[:, 1].astype(np.float32)
+            ids, sums = best_documents(*asked_of, self._postings, limit + len(self._altered))
         if not self._later:
             return ids[: max(0, limit)]
         later: dict[int, float] = {}
@@ -155,14 +155,6 @@ class TextIndex:
         ids = np.concatenate([ids[current], np.fromiter(later, np.int32)])
         sums = np.concatenate([sums[current], np.fromiter(later.values(), np.float32)])
         return ids[np.lexsort((ids, -sums))[: max(0, limit)]]
-
-    def _best(
-        self, numbers: ndarray, counts: ndarray, limit: int, scores: ndarray
-    ) -> tuple[Int32[ndarray, "matches"], Float32[ndarray, "matches"]]:
-        best: tuple[ndarray, ndarray] = best_documents(
-            numbers, counts, self._offsets, self._ids, self._impacts, self._maxima, scores, limit
-        )
-        return best
 
 
 def _stop(silent: set[str]) -> set[str]:
