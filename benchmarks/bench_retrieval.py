@@ -80,7 +80,7 @@ def scann(leaves: int) -> Callable[[np.ndarray], Built]:
                 tried = replace(index.settings, leaves_to_search=searched, reorder=reorder)
                 yield f"leaves {searched}, reorder {reorder}", asked(tried)
 
-        return Built(map(ladder, (40, 160, 320, 640, 1280, 2560)), index.save, ScannIndex.load)
+        return Built(map(ladder, (40, 160, 320, 640, 1280, 2560, 5120, 10240)), index.save, ScannIndex.load)
 
     return build
 
@@ -322,6 +322,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--data-dir", default=os.environ.get("CTD_DATA_DIR", ""), help="folder of the ready-made sets")
     made.add_argument("--items", default="", help="sizes instead, separated by commas")
+    made.add_argument("--engine", default="", help="only the engines whose name begins so, and nothing but them")
     options = made.parse_args()
     from benchmarks import bench_retrieval as importable
 
@@ -336,10 +337,11 @@ def main() -> None:
             catalogue = catalogue_of(options.data_dir, items)
             title_vectors(catalogue, Path(file), items)
             Path(file).with_suffix(".tenth.npy").unlink(missing_ok=True)
-            if len(catalogue) == items:
+            if len(catalogue) == items and not options.engine:
                 cases += apart(importable.hybrid_cases, file, options.data_dir, items)
-            cases += apart(importable.exact_cases, file, items)
-            for name in engines(items):
+            if not options.engine:
+                cases += apart(importable.exact_cases, file, items)
+            for name in (each for each in engines(items) if each.startswith(options.engine)):
                 cases += apart(importable.engine_cases, name, file, items)
                 write(cases, options.json)
             compared = beside(cases, items)
