@@ -33,7 +33,7 @@ class Bench:
         self.config, self.users = run.read_config(), users
         self.artifacts = {**load_artifacts(run), "preferences": run.fetch("preferences")}
         self.log = InteractionLog.load(self.artifacts["interactions"].path)
-        self.retrieve = load_retrieve(self.artifacts, self.config)
+        self.retrieve = {split: load_retrieve(self.artifacts, self.config, split) for split in SPLITS}
 
     def pools(self, split: Split, diffusion: DiffusionConfig) -> list[ScoredPool]:
         """Candidates and scores of the users, with a sampler of these settings."""
@@ -43,14 +43,14 @@ class Bench:
         folder, dim = self.artifacts["models/diffusion"].path, self.config.llm.preference_dim
         density = DensityModel(folder, dim, diffusion, self.config.seed)
         mask, chunk = self.config.evaluation.mask_seen, self.config.evaluation.chunk_users
-        return list(scored_pools(self.log, told, split, density, self.retrieve, mask_seen=mask, chunk=chunk))
+        return list(scored_pools(self.log, told, split, density, self.retrieve[split], mask_seen=mask, chunk=chunk))
 
     def single_ndcg(self, pools: list[ScoredPool]) -> float:
         """Of the first vector alone."""
         gains = []
         for each in pools:
             nothing: list[np.ndarray] = [np.zeros(0, np.int32)] * len(each.users)
-            ids, _ = self.retrieve.retriever.search(each.draws[:, 0], nothing, each.pool.excluded, 10)
+            ids, _ = self.retrieve["test"].retriever.search(each.draws[:, 0], nothing, each.pool.excluded, 10)
             gains.append(ndcg_gains(ranks_in_lists(ids, each.targets)))
         return float(np.concatenate(gains).mean())
 

@@ -35,6 +35,7 @@ MAKERS = {
     "interactions": "prepare_interactions",
     "graph": "train_graph",
     "embeddings": "train_graph",
+    "embeddings_at_test": "train_graph",
     "models/tokenizer": "train_tokenizer",
     "tokens": "train_tokenizer",
     "models/history": "train_history",

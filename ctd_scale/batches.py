@@ -135,13 +135,26 @@ class InteractionLog:
         start = int(self.offsets[user])
         return self.items[start : start + int(self._places["train"][user])]
 
-    def train_edges(self) -> tuple[Int32[ndarray, "interactions"], Int32[ndarray, "interactions"]]:
-        """(user_index, item_index) of every training interaction, in log order."""
+    def known_lengths(self, split: Split) -> Int64[ndarray, "users"]:
+        """How many interactions of each user are known when the targets of the split are asked for: the training ones,
+        and for test those of validation too."""
+        if split == "validation":
+            return self.train_lengths()
+        if self.cuts is None:
+            return np.maximum(self._places["test"], self.train_lengths())
+        return self._older_than(self.cuts[1])
+
+    def known_edges(self, split: Split) -> tuple[Int32[ndarray, "interactions"], Int32[ndarray, "interactions"]]:
+        """(user_index, item_index) of every interaction that is known by then, in log order."""
         lengths = np.diff(self.offsets)
         position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths)
-        keep = position < np.repeat(self.train_lengths(), lengths)
+        keep = position < np.repeat(self.known_lengths(split), lengths)
         users = np.repeat(np.arange(self.num_users, dtype=np.int32), lengths)
         return users[keep], self.items[keep]
+
+    def train_edges(self) -> tuple[Int32[ndarray, "interactions"], Int32[ndarray, "interactions"]]:
+        """(user_index, item_index) of every training interaction, in log order."""
+        return self.known_edges("validation")
 
     def split_users(self, split: Split = "test") -> Int64[ndarray, "split_users"]:
         """Users that have a target in the split; in leave-one-out the same for both."""

@@ -89,7 +89,7 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
         preferences,
         "validation",
         load_density(artifacts, config),
-        load_retrieve(artifacts, config),
+        load_retrieve(artifacts, config, "validation"),
         mask_seen=config.evaluation.mask_seen,
         chunk=chunk,
     )

@@ -25,7 +25,7 @@ from ctd_scale.recommender import load_density, load_retrieve
 from ctd_scale.retrieval.dense import unit_vectors
 from ctd_scale.terminal import console
 
-INPUTS = ("interactions", "embeddings", "models/llm", "preferences", "models/diffusion", "index", "ranking")
+INPUTS = ("interactions", "embeddings_at_test", "models/llm", "preferences", "models/diffusion", "index", "ranking")
 METRICS = ("hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr", "coverage@10", "diversity@10", "popularity@10", "rare_hr@10")
 
 SHOWN = METRICS[:6]  # what fits on a line of a terminal; the file has all of it
@@ -103,7 +103,7 @@ def rank_all(
 def rank_baseline(name: str, run: Run, config: RunConfig, split: Split, mask_seen: bool) -> Ranks:
     """The same for one baseline that the run has."""
     log = InteractionLog.load(run.fetch("interactions").path)
-    scorer = SCORERS[name](run, config)
+    scorer = SCORERS[name](run, config, split)
     return rank_targets(log, scorer, split, mask_seen=mask_seen, chunk_users=config.evaluation.chunk_users)
 
 
@@ -114,7 +114,7 @@ def _rank_chain(
     log = InteractionLog.load(artifacts["interactions"].path)
     preferences = Preferences.load(artifacts["preferences"].path, split)
     rankings = load_rankings(artifacts["ranking"].path)
-    density, retrieve = load_density(dict(artifacts), config), load_retrieve(dict(artifacts), config)
+    density, retrieve = load_density(dict(artifacts), config), load_retrieve(dict(artifacts), config, split)
     item_vectors = retrieve.retriever.vectors
     assert isinstance(item_vectors, ndarray), "the run's own index has not grown"
     spoken = any(preferences.texts)

@@ -86,13 +86,14 @@ def measure_latency(run: Run, config: RunConfig, users: int) -> list[Row]:
     artifacts = {name: run.fetch(name) for name in INPUTS}
     for artifact in artifacts.values():
         run.require_made_from(artifact, *(other for other in artifacts.values() if other is not artifact))
-    own = load_rank(artifacts, config)
+    own = load_rank(artifacts, config, split="validation")
     asked = _asked(artifacts, config, users)
     engines = own.retrieve.retriever.dense, own.retrieve.graph.retriever.dense
     rows = []
     with _one_thread():
         for settings in grid(config, own.ranking, tunable=any(map(has_effort, engines))):
-            rows.append(Row(settings, *measured(load_tuned(artifacts, config, settings), asked)))
+            tried = load_rank(artifacts, settings.applied(config), effort=settings.effort, split="validation")
+            rows.append(Row(settings, *measured(tried, asked)))
     inputs = {artifact.name: artifact.digest for artifact in artifacts.values()}
     facts = {"users": len(asked.targets), "machine": machine(), "versions": versions()}
     config_hash = section_hash(config, SECTIONS)

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy import ndarray
+
 from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.baselines.names import DISCRETE, TRAINED, VARIANTS
-from ctd_scale.batches import InteractionLog, NodeArrays, Preferences
+from ctd_scale.batches import InteractionLog, NodeArrays, Preferences, Split
 from ctd_scale.checkpoints import discard
 from ctd_scale.config import ConfigError, RunConfig, section_hash
 from ctd_scale.terminal import console
@@ -90,22 +93,29 @@ def _diffusion(run: Run, config: RunConfig, config_hash: str) -> None:
 
 def _index(run: Run, config: RunConfig, config_hash: str) -> None:
     from ctd_scale.graph.csr import BipartiteGraph
+    from ctd_scale.graph.train import DEGREES
     from ctd_scale.llm.weights import load_vectors
     from ctd_scale.retrieval.build import build_graph_index, build_index
 
     interactions, llm = run.fetch("interactions"), run.fetch("models/llm")
-    preferences, graph, embeddings = (run.fetch(name) for name in ("preferences", "graph", "embeddings"))
+    preferences, graph = run.fetch("preferences"), run.fetch("graph")
+    embeddings, at_test = run.fetch("embeddings"), run.fetch("embeddings_at_test")
     log = InteractionLog.load(interactions.path)
     asked = Preferences.load(preferences.path, "validation")
     histories = [log.history(user, "validation") for user in asked.users[:CALIBRATION_USERS].tolist()]
     degrees = BipartiteGraph.load(graph.path).degrees[log.num_users :]
-    items = NodeArrays.load(embeddings.path).items
+    known: dict[Split, tuple[ndarray, ndarray]] = {
+        "validation": (NodeArrays.load(embeddings.path).items, degrees),
+        "test": (NodeArrays.load(at_test.path).items, np.load(at_test.path / DEGREES)),
+    }
     settings, seed = config.retrieval, config.seed
     facts: dict[str, Any] = {}
-    inputs = {artifact.name: artifact.digest for artifact in (interactions, llm, preferences, graph, embeddings)}
+    made_from = (interactions, llm, preferences, graph, embeddings, at_test)
+    inputs = {artifact.name: artifact.digest for artifact in made_from}
     with run.publish("index", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         facts |= build_index(load_vectors(llm.path), log.catalogue, settings, folder, seed, asked.vectors, degrees)
-        facts |= build_graph_index(items, degrees, settings, folder, seed, histories)
+        for split, (items, by_then) in known.items():
+            facts |= build_graph_index(items, by_then, settings, folder, seed, histories, split)
 
 
 def _ranking(run: Run, config: RunConfig, config_hash: str) -> None:
@@ -133,7 +143,7 @@ def _trained(run: Run, config: RunConfig, config_hash: str, *, name: str) -> Non
 
 STAGES = (
     Stage("prepare_interactions", _prepare, ("interactions",), (), ("interactions",)),
-    Stage("train_graph", _graph, ("graph",), ("interactions",), ("graph", "embeddings"), "graph"),
+    Stage("train_graph", _graph, ("graph",), ("interactions",), ("graph", "embeddings", "embeddings_at_test"), "graph"),
     Stage("train_tokenizer", _tokenizer, ("tokenizer",), ("embeddings",), ("models/tokenizer", "tokens"), "tokenizer"),
     Stage(
         "train_history",
@@ -171,7 +181,7 @@ STAGES = (
         "build_index",
         _index,
         ("retrieval",),
-        ("interactions", "graph", "embeddings", "models/llm", "preferences"),
+        ("interactions", "graph", "embeddings", "embeddings_at_test", "models/llm", "preferences"),
         ("index",),
     ),
     Stage(
@@ -185,7 +195,7 @@ STAGES = (
         "evaluate",
         _evaluate,
         ("diffusion", "retrieval", "evaluation"),
-        ("interactions", "embeddings", "models/llm", "preferences", "models/diffusion", "index", "ranking"),
+        ("interactions", "embeddings_at_test", "models/llm", "preferences", "models/diffusion", "index", "ranking"),
         ("metrics",),
     ),
 )

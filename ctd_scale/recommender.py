@@ -18,7 +18,7 @@ from numpy import ndarray
 
 from ctd_scale.artifacts import Artifact, Run
 from ctd_scale.baselines.scorers import KNOWS_USERS, SCORERS, trained_artifact
-from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Ranking, load_rankings
+from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Ranking, Split, load_rankings
 from ctd_scale.changes import NO_CHANGES, Changes, read_changes
 from ctd_scale.config import RunConfig
 from ctd_scale.diffusion.inference import DensityModel
@@ -287,7 +287,7 @@ class BaselineRecommender:
     def __init__(self, run: Run, name: str) -> None:
         self.version = baseline_version(run, name)
         self.name, self.log = name, InteractionLog.load(run.fetch("interactions").path)
-        self._scorer = SCORERS[name](run, run.read_config())
+        self._scorer = SCORERS[name](run, run.read_config(), "test")
 
     @property
     def catalogue(self) -> Catalogue:
@@ -365,21 +365,28 @@ def load_density(artifacts: Mapping[str, Artifact], config: RunConfig) -> Densit
 
 
 def load_rank(
-    artifacts: Mapping[str, Artifact], config: RunConfig, live: Live | None = None, effort: float = 1.0
+    artifacts: Mapping[str, Artifact],
+    config: RunConfig,
+    live: Live | None = None,
+    effort: float = 1.0,
+    split: Split = "test",
 ) -> RankStep:
-    """What is behind the preference: over a live catalogue, or else over the run's own."""
+    """What is behind the preference: over a live catalogue, or else over the run's own, with what the graph knows when
+    this split is asked for."""
     ranking = load_rankings(artifacts["ranking"].path)["full_text"]
     density = load_density(artifacts, config)
     if live is None:
-        return RankStep(density, load_retrieve(artifacts, config, effort), ranking)
+        return RankStep(density, load_retrieve(artifacts, config, split, effort), ranking)
     return RankStep(density, RetrieveStep(live.retriever, live.graph, config, effort), ranking)
 
 
-def load_retrieve(artifacts: Mapping[str, Artifact], config: RunConfig, effort: float = 1.0) -> RetrieveStep:
-    """Over the run's own index, without what was changed since: what the models are measured on."""
+def load_retrieve(
+    artifacts: Mapping[str, Artifact], config: RunConfig, split: Split = "test", effort: float = 1.0
+) -> RetrieveStep:
+    """Over the run's own index, without what was changed since: what the models are measured on in this split."""
     items = int(artifacts["index"].manifest["facts"]["items"])
     folder = artifacts["index"].path
-    return RetrieveStep(load_index(folder, items, pi=0.0), load_graph_index(folder), config, effort)
+    return RetrieveStep(load_index(folder, items, pi=0.0), load_graph_index(folder, split), config, effort)
 
 
 def _union(left: Int32[ndarray, "batch left"], right: Int32[ndarray, "batch right"]) -> Int32[ndarray, "batch union"]:

@@ -7,7 +7,7 @@ from numpy import ndarray
 from scipy.sparse import csr_matrix, vstack
 
 from ctd_scale.baselines.matrix import interaction_matrix
-from ctd_scale.batches import InteractionLog
+from ctd_scale.batches import InteractionLog, Split
 from ctd_scale.config_baselines import ItemKNNConfig
 from ctd_scale.ranking import Scorer
 
@@ -15,12 +15,12 @@ from ctd_scale.ranking import Scorer
 CHUNK = 2048
 
 
-def item_similarities(log: InteractionLog, config: ItemKNNConfig) -> csr_matrix:
-    """[items, items]: cosine between the items' columns of the training interactions, each row cut to its nearest.
+def item_similarities(log: InteractionLog, config: ItemKNNConfig, split: Split) -> csr_matrix:
+    """[items, items]: cosine between the items' columns of the known interactions, each row cut to its nearest.
 
     `sim_ij = |U_i ∩ U_j| / (sqrt(|U_i| |U_j|) + shrinkage)`: shrinkage takes from pairs that few users share.
     """
-    matrix = interaction_matrix(log)
+    matrix = interaction_matrix(log, split)
     columns = matrix.T.tocsr()
     counts = np.asarray(columns.sum(axis=1)).ravel()
     parts = []

@@ -1,4 +1,4 @@
-"""The graph of a log's training split, built out of core: counting sort, one chunk of interactions at a time.
+"""The graph of what is known of a log, built out of core: counting sort, one chunk of interactions at a time.
 
 Memory: 40 bytes per node and about 100 per interaction of a chunk, however long the log is; the rest is files.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Int32, Int64
 from numpy import ndarray
 from numpy.lib.format import open_memmap
 
-from ctd_scale.batches import InteractionLog
+from ctd_scale.batches import InteractionLog, Split
 from ctd_scale.graph.csr import BipartiteGraph, save_sizes
 
 CHUNK = 2_000_000
@@ -24,9 +24,16 @@ NO_CAP = np.iinfo(np.int32).max
 
 
 def build_graph(
-    log: InteractionLog, folder: Path, *, timed: bool = False, hub_cap: int = NO_CAP, chunk: int = CHUNK
+    log: InteractionLog,
+    folder: Path,
+    *,
+    split: Split = "validation",
+    timed: bool = False,
+    hub_cap: int = NO_CAP,
+    chunk: int = CHUNK,
 ) -> BipartiteGraph:
-    """Write the graph of the training split into `folder` and load it from there, memory-mapped.
+    """Write the graph of what is known when `split` is asked for, by default of the training split, into `folder` and
+    load it from there, memory-mapped.
 
     `timed` keeps the edges' times and sorts neighbours by them. A node with more than `hub_cap` neighbours hears from
     that many, evenly spaced over all. `chunk` is the number of interactions that are sorted at a time; the history of
@@ -41,7 +48,7 @@ def build_graph(
     num_users, num_items = log.num_users, log.num_items
     degrees = np.zeros(num_users + num_items, np.int64)
     with tempfile.TemporaryFile(dir=folder) as positives_file, tempfile.TemporaryFile(dir=folder) as times_file:
-        for users, items, times in distinct_edges(log, chunk):
+        for users, items, times in distinct_edges(log, split, chunk):
             np.add.at(degrees, users, 1)
             degrees[num_users:] += np.bincount(items, minlength=num_items)
             (items + np.int32(num_users)).tofile(positives_file)
@@ -64,11 +71,11 @@ def build_graph(
 
 
 def distinct_edges(
-    log: InteractionLog, chunk: int
+    log: InteractionLog, split: Split, chunk: int
 ) -> Iterator[tuple[Int64[ndarray, "edges"], Int32[ndarray, "edges"], Int64[ndarray, "times"]]]:
-    """(user_index, item_index, time) of the training split, each pair once and as early as it was, by user and then
+    """(user_index, item_index, time) of what is known by then, each pair once and as early as it was, by user and then
     item. Times are empty where the log has none."""
-    lengths = log.train_lengths()
+    lengths = log.known_lengths(split)
     first = 0
     while first < log.num_users:
         last = max(first + 1, int(np.searchsorted(log.offsets, log.offsets[first] + chunk, side="right")) - 1)

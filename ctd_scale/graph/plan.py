@@ -65,11 +65,12 @@ def plan_graph(log: InteractionLog, config: RunConfig, run: Run) -> Estimate:
     checkpoints = -(-steps // settings.checkpoint_every_steps)
     table_bytes = graph.num_nodes * settings.embed_dim * 4
     parts = {
-        "build": building + 2 * per_byte * graph_bytes,  # hashed when it is published and when it is fetched
+        # Again for test, with the validation edges. What is published is hashed then, and when it is fetched.
+        "build": 2 * building + 2 * per_byte * graph_bytes,
         "start": facts["started"] - called + max(0.0, facts["prepared"] - facts["warm_up"] * facts["step"]) + ending,
         "steps": steps * facts["step"],
         "checkpoints": checkpoints * facts["checkpoint"],
-        "propagation": settings.num_layers * layer + 2 * per_byte * table_bytes,
+        "propagation": 2 * (settings.num_layers * layer + 2 * per_byte * table_bytes),
     }
     said = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts.items())
     return Estimate(
@@ -77,8 +78,9 @@ def plan_graph(log: InteractionLog, config: RunConfig, run: Run) -> Estimate:
         sum(parts.values()),
         facts["memory"] * config.resources.graph.num_workers,
         # Checkpoints stay until all is published. Meanwhile layer 0 lies there thrice (in the last checkpoint, copied
-        # from it, and gathered), and what is published lies beside the two layers that it is made from.
-        graph_bytes + min(2, checkpoints) * facts["checkpoint_bytes"] + 6.0 * table_bytes,
+        # from it, and gathered); what is published for training is there, and what is for test beside its graph and
+        # the two layers that it is made from.
+        2 * graph_bytes + min(2, checkpoints) * facts["checkpoint_bytes"] + 7.0 * table_bytes,
         f"{graph.num_edges:,} edges, {steps:,} steps of {1000 * facts['step']:.0f} ms; {said}",
     )
 

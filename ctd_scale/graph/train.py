@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,10 +27,12 @@ from ctd_scale.graph.table import EmbeddingTable
 
 # What every worker exports: its rows of layer 0.
 PART = "layer0-{rank}.npy"
+DEGREES = "item_degrees.npy"
 
 
 def train_graph(run: Run, config: RunConfig, config_hash: str) -> None:
-    """interactions -> graph (CSR of the training split) and embeddings (users, items)."""
+    """interactions -> graph (CSR of the training split), embeddings (users, items), and embeddings_at_test: the same
+    layer 0 over all that is known when test is asked for."""
     interactions = run.fetch("interactions")
     log = InteractionLog.load(interactions.path)
     inputs = {interactions.name: interactions.digest}
@@ -57,8 +60,27 @@ def train_graph(run: Run, config: RunConfig, config_hash: str) -> None:
     inputs[artifact.name] = artifact.digest
     facts |= {"embed_dim": config.graph.embed_dim, **training.usage(run, "graph")}
     with run.publish("embeddings", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
-        published = propagate(graph, layer0, config.graph.num_layers, config.graph.propagation_chunk, folder)
-        split_nodes(graph, published).save(folder)
+        split_nodes(graph, _propagated(graph, layer0, config.graph, folder)).save(folder)
+    inputs["embeddings"] = run.fetch("embeddings").digest
+    with run.publish("embeddings_at_test", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
+        layer0[graph.degrees == 0] = 0  # never trained: of themselves they say nothing
+        save_at_test(log, layer0, config.graph, folder)
+
+
+def save_at_test(log: InteractionLog, layer0: np.ndarray, config: GraphConfig, folder: Path) -> None:
+    """Embeddings, and degrees of items, where the graph holds all that is known when test is asked for.
+
+    A graph learns what an interaction says without training. Without this, all that users chose for validation is
+    missing when test is asked for, and the graph is worth less there than validation has shown.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        graph = build_graph(log, Path(scratch), split="test", hub_cap=config.hub_cap or NO_CAP)
+        split_nodes(graph, _propagated(graph, layer0, config, folder)).save(folder)
+        np.save(folder / DEGREES, graph.degrees[graph.num_users :])
+
+
+def _propagated(graph: BipartiteGraph, layer0: np.ndarray, config: GraphConfig, scratch: Path) -> np.ndarray:
+    return propagate(graph, layer0, config.num_layers, config.propagation_chunk, scratch)
 
 
 def gather_rows(num_nodes: int, export: Path) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Write and read the `index` artifact.
 
 `vectors.npy` (unit length) and `text/`; `cold/`, which places items by their words; `graph/` with `sources.npy`, the
-lifted `vectors.npy` and, where some items have no interaction, `connected.npy`: those that have; and beside either
-vectors `scann/` or `faiss/` for large catalogues (with several shards `scann/0`, `scann/1`, ...).
+lifted `vectors.npy` and, where some items have no interaction, `connected.npy`: those that have, both as the graph is
+known when `validation/` is asked for and when `test/` is, which is served; and beside all vectors `scann/` or `faiss/`
+for large catalogues (with several shards `scann/0`, `scann/1`, ...).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Integer
 from numpy import ndarray
 
-from ctd_scale.batches import Catalogue
+from ctd_scale.batches import Catalogue, Split
 from ctd_scale.config import RetrievalConfig
 from ctd_scale.retrieval.cold import TextProjection, fit_projection
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever, graph_sources, lift, read_histories
@@ -86,8 +87,9 @@ def build_graph_index(
     folder: Path,
     seed: int,
     histories: Sequence[Int32[ndarray, "_"]],
+    split: Split = "test",
 ) -> dict[str, Any]:
-    """Build what `load_graph_index` reads into the same `folder`; an engine is calibrated on `histories`.
+    """Build what `load_graph_index` reads for the split into the same `folder`; an engine is calibrated on `histories`.
 
     Of an item of degree 0 the graph knows nothing: it adds nothing to a history, its score is 0, and it is not
     proposed. As trained, such items lie close together, and an engine opened many leaves for them.
@@ -95,14 +97,15 @@ def build_graph_index(
     Returns facts of the manifest: graph_engine, graph_recall, graph_seconds.
     """
     start = time.perf_counter()
-    (folder / GRAPH).mkdir(parents=True, exist_ok=True)
+    target = folder / GRAPH / split
+    target.mkdir(parents=True, exist_ok=True)
     connected = np.flatnonzero(degrees).astype(np.int32)
     embeddings = np.where(np.asarray(degrees)[:, None] > 0, embeddings, np.float32(0))
     sources = graph_sources(embeddings, degrees)
-    np.save(folder / GRAPH / SOURCES, sources)
+    np.save(target / SOURCES, sources)
     queries = read_histories(sources, histories) if len(histories) else None
     some = connected if len(connected) < len(embeddings) else None
-    engine, recall = _build_dense(lift(embeddings), config, folder / GRAPH, seed, queries, some)
+    engine, recall = _build_dense(lift(embeddings), config, target, seed, queries, some)
     return {
         "graph_engine": engine,
         "graph_recall": recall,
@@ -128,12 +131,13 @@ def load_cold(folder: Path) -> tuple[TextProjection, Bool[ndarray, "items"]]:
     return TextProjection.load(folder / COLD), np.load(folder / TRAINED)
 
 
-def load_graph_index(folder: Path) -> CollaborativeRetriever:
-    """What `build_graph_index` wrote, memory-mapped. Raises ValueError where it did not."""
-    if not (folder / GRAPH / SOURCES).is_file():
-        raise ValueError(f"{folder} holds no {GRAPH}/: it was built by an older version; rerun build_index")
-    sources = np.load(folder / GRAPH / SOURCES, mmap_mode="r")
-    return CollaborativeRetriever(sources, HybridRetriever(*_load_dense(folder / GRAPH), text=None, pi=0.0))
+def load_graph_index(folder: Path, split: Split = "test") -> CollaborativeRetriever:
+    """What `build_graph_index` wrote for this split, memory-mapped. Raises ValueError where it did not."""
+    source = folder / GRAPH / split
+    if not (source / SOURCES).is_file():
+        raise ValueError(f"{folder} holds no {GRAPH}/{split}: it was built by an older version; rerun build_index")
+    sources = np.load(source / SOURCES, mmap_mode="r")
+    return CollaborativeRetriever(sources, HybridRetriever(*_load_dense(source), text=None, pi=0.0))
 
 
 def _build_dense(

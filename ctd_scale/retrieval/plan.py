@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ctd_scale.batches import Catalogue
+from ctd_scale.batches import SPLITS, Catalogue
 from ctd_scale.config import RetrievalConfig
 from ctd_scale.estimates import Estimate
 from ctd_scale.retrieval.build import build_graph_index, build_index
@@ -27,7 +27,8 @@ def plan_index(items: int, cond_dim: int, embed_dim: int, config: RetrievalConfi
         started = time.perf_counter()
         trial = config.model_copy(update={"exact_limit": limit})
         facts = build_index(vectors, Catalogue(words, words, words), trial, Path(folder), seed)
-        build_graph_index(embeddings, np.ones(sampled, np.int64), trial, Path(folder), seed, [])
+        for split in SPLITS:
+            build_graph_index(embeddings, np.ones(sampled, np.int64), trial, Path(folder), seed, [], split)
         elapsed = time.perf_counter() - started
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     share = items / sampled

@@ -16,10 +16,11 @@ from tokenizers.trainers import WordLevelTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctd_scale.artifacts import Run
-from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Ranking, save_rankings
+from ctd_scale.batches import SPLITS, Catalogue, InteractionLog, NodeArrays, Ranking, save_rankings
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.train import WEIGHTS
+from ctd_scale.graph.train import DEGREES
 from ctd_scale.llm.model import build_preference_lm
 from ctd_scale.llm.prompts import INSTRUCTION, answer_text
 from ctd_scale.llm.weights import BACKBONE, export_model, load_vectors
@@ -55,6 +56,12 @@ def make_tiny_run(folder: Path, seed: int = 0) -> Run:
         items = NodeArrays.load(target).items
     digests["embeddings"] = run.fetch("embeddings").digest
 
+    degrees = {split: np.bincount(log.known_edges(split)[1], minlength=ITEMS) for split in SPLITS}
+    with publish("embeddings_at_test", "interactions", "embeddings") as target:
+        make_embeddings().save(target)
+        np.save(target / DEGREES, degrees["test"])
+    digests["embeddings_at_test"] = run.fetch("embeddings_at_test").digest
+
     with publish("tokens", "interactions", num_ways=WAYS, token_dim=TOKEN_DIM) as target:
         make_tokens(rng).save(target)
     digests["tokens"] = run.fetch("tokens").digest
@@ -69,10 +76,11 @@ def make_tiny_run(folder: Path, seed: int = 0) -> Run:
     digests["models/diffusion"] = run.fetch("models/diffusion").digest
 
     facts: dict[str, object] = {"items": ITEMS, "dim": COND_DIM, "engine": "exact"}
-    with publish("index", "interactions", "embeddings", "models/llm", **facts) as target:
-        degrees = np.bincount(log.train_edges()[1], minlength=ITEMS)
-        build_index(vectors, log.catalogue, config.retrieval, target, config.seed, degrees=degrees)
-        build_graph_index(items, degrees, config.retrieval, target, config.seed, [])
+    with publish("index", "interactions", "embeddings", "embeddings_at_test", "models/llm", **facts) as target:
+        trained = degrees["validation"]
+        build_index(vectors, log.catalogue, config.retrieval, target, config.seed, degrees=trained)
+        for split, known in degrees.items():
+            build_graph_index(items, known, config.retrieval, target, config.seed, [], split)
     digests["index"] = run.fetch("index").digest
 
     with publish("ranking", "interactions", "models/llm", "models/diffusion", "index") as target:

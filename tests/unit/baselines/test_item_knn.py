@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctd_scale.baselines.item_knn import item_knn_scorer, item_similarities
-from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.batches import SPLITS, Catalogue, InteractionLog, Split
 from ctd_scale.config_baselines import ItemKNNConfig
 
 ITEMS = 12
@@ -25,10 +25,10 @@ def random_log(users: int = 30) -> InteractionLog:
     )
 
 
-def plain_similarities(log: InteractionLog, shrinkage: float) -> np.ndarray:
+def plain_similarities(log: InteractionLog, shrinkage: float, split: Split) -> np.ndarray:
     chosen = np.zeros((log.num_users, ITEMS))
     for user in range(log.num_users):
-        chosen[user, log.train_sequence(user)] = 1
+        chosen[user, log.history(user, split)] = 1  # every user has a target
     found = np.zeros((ITEMS, ITEMS))
     for one in range(ITEMS):
         for other in range(ITEMS):
@@ -38,15 +38,16 @@ def plain_similarities(log: InteractionLog, shrinkage: float) -> np.ndarray:
     return found
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("shrinkage", [0.0, 3.0])
 @pytest.mark.parametrize("neighbors", [ITEMS, 4])
 def test_similarities_are_the_nearest_cosines(
-    shrinkage: float, neighbors: int, monkeypatch: pytest.MonkeyPatch
+    shrinkage: float, neighbors: int, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ctd_scale.baselines.item_knn.CHUNK", 5)
     log = random_log()
-    found = item_similarities(log, ItemKNNConfig(neighbors=neighbors, shrinkage=shrinkage)).toarray()
-    expected = plain_similarities(log, shrinkage)
+    found = item_similarities(log, ItemKNNConfig(neighbors=neighbors, shrinkage=shrinkage), split).toarray()
+    expected = plain_similarities(log, shrinkage, split)
     for row, values in zip(found, expected, strict=True):
         kept = np.flatnonzero(row)
         assert len(kept) <= neighbors
@@ -56,7 +57,7 @@ def test_similarities_are_the_nearest_cosines(
 
 def test_scores_sum_over_the_distinct_items_of_the_history() -> None:
     log = random_log()
-    similarities = item_similarities(log, ItemKNNConfig())
+    similarities = item_similarities(log, ItemKNNConfig(), "validation")
     histories = [np.array([3, 1, 3], np.int32), np.array([5], np.int32)]
     scores = item_knn_scorer(similarities)(np.array([0, 1]), histories)
     dense = similarities.toarray()

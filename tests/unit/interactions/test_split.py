@@ -48,9 +48,34 @@ def test_every_part_is_what_a_plain_filter_gives() -> None:
             if user in found[name]:
                 assert log.history(user, name).tolist() == [item for time, item in rows if time < start]  # type: ignore[arg-type]
                 assert log.targets(np.array([user]), name).tolist() == within[:1]  # type: ignore[arg-type]
-    users, items = log.train_edges()
-    expected = [(user, item) for user in range(USERS) for item in log.train_sequence(user).tolist()]
-    assert list(zip(users.tolist(), items.tolist(), strict=True)) == expected
+    for name, cut in zip(SPLITS, cuts, strict=True):
+        known = {user: older_than(log, user, cut) for user in range(USERS)}
+        assert log.known_lengths(name).tolist() == [len(items) for items in known.values()]
+        assert edges(log.known_edges(name)) == [(user, item) for user in known for item in known[user]]
+    assert edges(log.train_edges()) == edges(log.known_edges("validation"))
+
+
+def older_than(log: InteractionLog, user: int, cut: int) -> list[int]:
+    assert log.times is not None
+    own = slice(int(log.offsets[user]), int(log.offsets[user + 1]))
+    return log.items[own][log.times[own] < cut].tolist()
+
+
+def edges(found: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+    users, items = found
+    return list(zip(users.tolist(), items.tolist(), strict=True))
+
+
+def test_in_leave_one_out_all_but_the_test_target_is_known_by_then() -> None:
+    log = random_log(None)
+    asked = set(log.split_users("test").tolist())
+    assert asked < set(range(USERS)), "some have too few"
+    everything = {user: log.full_history(user).tolist() for user in range(USERS)}
+    for name, targets in (("validation", 2), ("test", 1)):
+        known = {user: items[: -targets or None] if user in asked else items for user, items in everything.items()}
+        assert edges(log.known_edges(name)) == [(user, item) for user in known for item in known[user]]
+        for user in asked:
+            assert log.history(user, name).tolist() == known[user]
 
 
 @pytest.mark.parametrize("cuts", [None, (700, 850)])
