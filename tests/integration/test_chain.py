@@ -16,7 +16,7 @@ import pytest
 
 from ctd_scale import ablation
 from ctd_scale.artifacts import Run
-from ctd_scale.batches import InteractionLog, Preferences, load_rankings
+from ctd_scale.batches import SPLITS, InteractionLog, NodeArrays, Preferences, Split, load_rankings
 from ctd_scale.calibrate import scored_pools
 from ctd_scale.cli import main
 from ctd_scale.config import load_config
@@ -26,6 +26,8 @@ from ctd_scale.pipeline import STAGES
 from ctd_scale.quality import measure, measure_preferences
 from ctd_scale.ranking import load_ranks
 from ctd_scale.recommender import load_density, load_retrieve
+from ctd_scale.retrieval.build import load_graph_index
+from ctd_scale.retrieval.collaborative import graph_sources
 
 pytestmark = pytest.mark.slow
 
@@ -117,19 +119,40 @@ def test_the_ranks_beside_the_table_are_those_of_its_figures(chains: Path, split
     )
 
 
-@pytest.mark.parametrize("mask_seen", [True, False])
-def test_the_ranks_are_those_of_lists_of_the_whole_catalogue(chains: Path, mask_seen: bool) -> None:
+def test_no_target_is_in_the_graph_that_is_asked_for_it(chains: Path) -> None:
+    """Weights are fitted and validation is ranked with what the training graph says; test, and what is served, with
+    a graph that knows the validation targets too, and no others."""
+    run = Run.open(chains / "whole")
+    log = InteractionLog.load(run.fetch("interactions").path)
+    states = {"validation": run.fetch("embeddings").path, "test": run.fetch("embeddings_at_test").path}
+    for split in SPLITS:
+        users, items = log.known_edges(split)
+        degrees = np.bincount(np.unique(users.astype(np.int64) * log.num_items + items) % log.num_items)
+        expected = graph_sources(
+            NodeArrays.load(states[split]).items, np.pad(degrees, (0, log.num_items - len(degrees)))
+        )
+        found = load_graph_index(run.fetch("index").path, split)
+        known = np.flatnonzero(degrees)
+        np.testing.assert_allclose(found.sources[known], expected[known], rtol=1e-6)
+    calibrated = manifest(chains / "whole", "ranking")["facts"]["validation_ndcg@10"]  # type: ignore[index]
+    ranked = {row["model"]: row["ndcg@10"] for row in rows(chains / "whole") if row["split"] == "validation"}
+    for name in ("fused_graph", "fused_all", "graph"):
+        assert calibrated[name] == pytest.approx(ranked[name], abs=2e-3)
+
+
+@pytest.mark.parametrize(("split", "mask_seen"), [("test", True), ("test", False), ("validation", True)])
+def test_the_ranks_are_those_of_lists_of_the_whole_catalogue(chains: Path, split: Split, mask_seen: bool) -> None:
     """What is behind the pool is counted; sorting all of it must put the target in the same place."""
     run = Run.open(chains / "whole")
     config, artifacts = run.read_config(), {name: run.fetch(name) for name in INPUTS}
-    counted = rank_all(run, artifacts, config, "test", mask_seen)
+    counted = rank_all(run, artifacts, config, split, mask_seen)
     log, preferences = (
         InteractionLog.load(artifacts["interactions"].path),
-        Preferences.load(run.root / "preferences", "test"),
+        Preferences.load(run.root / "preferences", split),
     )
-    density, retrieve = load_density(artifacts, config), load_retrieve(artifacts, config)
+    density, retrieve = load_density(artifacts, config), load_retrieve(artifacts, config, split)
     listed: dict[str, list[float]] = {}
-    for each in scored_pools(log, preferences, "test", density, retrieve, mask_seen=mask_seen, chunk=50):
+    for each in scored_pools(log, preferences, split, density, retrieve, mask_seen=mask_seen, chunk=50):
         for name, ranking in load_rankings(artifacts["ranking"].path).items():
             ids, _ = retrieve.rank(each.pool, each.errors, ranking, log.num_items)
             listed.setdefault(name, []).extend(ranks_in_lists(ids, each.targets))

@@ -15,7 +15,7 @@ from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.batches import Preferences
 from ctd_scale.cli import main
 from ctd_scale.latency import Row, read_rows
-from ctd_scale.recommender import Recommender
+from ctd_scale.recommender import Recommender, load_artifacts, load_rank
 from ctd_scale.serving.release import Source, open_release, source_of
 from ctd_scale.serving.schema import response_object
 
@@ -55,7 +55,10 @@ def test_a_row_is_what_the_chain_answers_with_these_settings(run: Run) -> None:
     assert json.loads((run.root.parent / "latency.json").read_text())["rows"] == [row.values() for row in rows]
     known = Preferences.load(run.fetch("preferences").path, "validation")
     for row in rows:
-        chain = Recommender(run, row.settings.applied(run.read_config()), row.settings.effort)
+        settings = row.settings.applied(run.read_config())
+        chain = Recommender(run, settings, row.settings.effort)
+        # Served is a graph that knows the validation targets. They must not be measured with it.
+        chain.rank = load_rank(load_artifacts(run), settings, effort=row.settings.effort, split="validation")
         histories = [chain.log.history(user, "validation") for user in known.users.tolist()]
         gains = [
             1 / np.log2(answer.items.index(target) + 2) if target in answer.items else 0
