@@ -371,13 +371,10 @@ def load_rank(
     effort: float = 1.0,
     split: Split = "test",
 ) -> RankStep:
-    """What is behind the preference: over a live catalogue, or else over the run's own, with what the graph knows when
-    this split is asked for."""
+    """What is behind the preference: over a live catalogue, or the run's own as the graph knows it for this split."""
     ranking = load_rankings(artifacts["ranking"].path)["full_text"]
-    density = load_density(artifacts, config)
-    if live is None:
-        return RankStep(density, load_retrieve(artifacts, config, split, effort), ranking)
-    return RankStep(density, RetrieveStep(live.retriever, live.graph, config, effort), ranking)
+    own = None if live is None else RetrieveStep(live.retriever, live.graph, config, effort)
+    return RankStep(load_density(artifacts, config), own or load_retrieve(artifacts, config, split, effort), ranking)
 
 
 def load_retrieve(
