@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.report import Case, parser, show, write
-from ctd_scale.config import DiffusionConfig
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
 
@@ -28,10 +28,11 @@ class OneContextEach(Denoiser):
         timesteps: torch.Tensor,
         condition: torch.Tensor,
         dropped: torch.Tensor | None = None,
+        latest: torch.Tensor | None = None,
     ) -> torch.Tensor:
         shape = noisy.shape[:-1]
         each = dropped.expand(shape) if dropped is not None else None
-        return super().forward(noisy, timesteps.expand(shape), condition.expand_as(noisy), each)
+        return super().forward(noisy, timesteps.expand(shape), condition.expand_as(noisy), each, latest)
 
 
 def seconds(*works: Callable[[], object], rounds: int = 5) -> list[float]:

@@ -16,7 +16,8 @@ import torch
 from benchmarks.report import Case, parser, show, write
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import Preferences
-from ctd_scale.config import DiffusionConfig, RunConfig, validate_config
+from ctd_scale.config import RunConfig, validate_config
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses, unit_variance
 from ctd_scale.diffusion.train import train_diffusion

@@ -14,7 +14,7 @@ from benchmarks.report import Case, parser, show, write
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import SPLITS, InteractionLog, Preferences, Ranking, Split
 from ctd_scale.calibrate import ScoredPool, pool_ndcg, scored_pools
-from ctd_scale.config import DiffusionConfig
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.ranking import ndcg_gains

@@ -34,6 +34,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "min_snr": ("diffusion.min_snr=5",),
     "noise_prediction": ("diffusion.prediction_type=epsilon",),
     "velocity_prediction": ("diffusion.prediction_type=v_prediction",),
+    "attends_to_items": ("diffusion.condition_items=20",),
 }
 
 

@@ -69,9 +69,10 @@ def scored_pools(
         rows = slice(start, start + chunk)
         users, vectors, texts = preferences.users[rows], preferences.vectors[rows], preferences.texts[rows]
         histories = [log.history(int(user), split) for user in users]
-        draws = density.draws(vectors)
+        latest = density.latest(histories, retrieve.retriever.vectors)
+        draws = density.draws(vectors, latest=latest)
         pool = retrieve.pool(vectors, texts, excluded_items(histories, mask_seen), draws=draws, histories=histories)
-        errors = density.errors(vectors, pool.vectors)
+        errors = density.errors(vectors, pool.vectors, latest)
         yield ScoredPool(pool, errors, draws, users, preferences.targets[rows], texts)
 
 

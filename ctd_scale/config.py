@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from ctd_scale.config_baselines import BaselinesConfig
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.config_resources import ResourcesConfig
 from ctd_scale.config_section import Count, EpochsConfig, Fraction, NotNegative, Positive, PositiveFloat, Section
 from ctd_scale.config_serving import ServingConfig
@@ -220,53 +221,6 @@ class LLMConfig(Section):
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < least:
             raise ValueError(f"llm.offload={self.offload!r} needs llm.zero_stage={least}, got {self.zero_stage}")
-        return self
-
-
-class DiffusionConfig(Section):
-    """Contrastive denoising diffusion over item vectors (method: diffusion)."""
-
-    prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample"
-    beta_schedule: Literal["linear", "squaredcos_cap_v2", "exponential"] = "squaredcos_cap_v2"
-    num_train_timesteps: Positive = 1000
-    hidden_dim: Positive = 256
-    num_blocks: Positive = 2
-    dropout: Fraction = 0.1
-    condition_dropout: Fraction = 0.1
-    denoising_weight: NotNegative = 1.0
-    min_snr: NotNegative = Field(
-        0.0, description="the denoising loss weighs a timestep by its SNR, at most by this (Min-SNR: 5); 0 = all alike"
-    )
-    contrastive_weight: NotNegative = 0.5
-    contrastive_negatives: Literal["uniform", "popularity", "in_batch", "hard"] = Field(
-        "uniform", description="whose denoising error should be larger than the positive's"
-    )
-    num_contrasted: Positive = Field(1, description="how many of the negatives are contrasted")
-    recommendation_weight: NotNegative = 0.1
-    num_negatives: Positive = 64
-    temperature: PositiveFloat = 0.1
-    epochs: Positive = 20
-    batch_size: Positive = Field(
-        128, description="preferences per step, all workers together; with millions of them, or a GPU, take more"
-    )
-    learning_rate: PositiveFloat = 2e-3
-    weight_decay: NotNegative = 1e-4
-    ema_decay: Fraction = 0.995
-    checkpoint_every_steps: Positive = 1000
-    sampling_steps: Positive = 8
-    sampler: Literal["ddim", "dpmsolver++"] = "ddim"
-    guidance: NotNegative = Field(1.0, description="classifier-free guidance weight; 1 = none")
-    num_draws: Positive = 32
-    draw_temperature: PositiveFloat = Field(0.1, description="tau of the log-sum-exp over draws")
-    error_candidates: Positive = Field(100, description="how many candidates the denoiser's error ranks")
-    error_evaluations: Positive = Field(8, description="common (timestep, noise) pairs of the error")
-
-    @model_validator(mode="after")
-    def _contrasted_are_negatives(self) -> DiffusionConfig:
-        if self.num_contrasted > self.num_negatives:
-            raise ValueError(
-                f"diffusion.num_contrasted={self.num_contrasted} is above diffusion.num_negatives={self.num_negatives}"
-            )
         return self
 
 

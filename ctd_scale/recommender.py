@@ -217,16 +217,17 @@ class RankStep:
         long each part took. What the ranking does not weigh, or nobody boosts, is not made."""
         seconds, ranking = {} if seconds is None else seconds, self.ranking
         wanted = boosts if boosts is not None and any(each is not None for each in boosts) else None
-        draws, errors = None, None
+        draws, errors, latest = None, None, None
         if ranking.draws or ranking.error:
             with timed("draws", seconds):
-                draws = self.density.draws(preferences)
+                latest = self.density.latest(histories, self.retrieve.retriever.vectors)
+                draws = self.density.draws(preferences, latest=latest)
         with timed("retrieve", seconds):
             read = histories if ranking.graph else None
             pool = self.retrieve.pool(preferences, texts, excluded, draws=draws, histories=read, boosts=wanted)
         if ranking.error:
             with timed("error", seconds):
-                errors = self.density.errors(preferences, pool.vectors)
+                errors = self.density.errors(preferences, pool.vectors, latest)
         with timed("rank", seconds):
             ids, scores = self.retrieve.rank(pool, errors, ranking, k)
         return answers(ids, scores, texts)

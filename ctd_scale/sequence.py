@@ -146,3 +146,8 @@ def left_padded(rows: list[ndarray], limit: int, value: int) -> Int[ndarray, "ba
         kept = row[-length:]
         out[index, length - len(kept) :] = kept
     return out
+
+
+def latest_first(histories: list[ndarray], limit: int) -> Int[ndarray, "batch length"]:
+    """The last `limit` items of each, the latest first, -1 behind them."""
+    return left_padded(histories, limit, -1)[:, ::-1].copy()

@@ -246,6 +246,8 @@ class _Teller(tune.Callback):  # type: ignore[misc]  # untyped
         self.runs = runs
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if result["finished"] and result["training_iteration"] > 1:
+            return  # what a validation has said before
         number = trials.index(trial) + 1
         console.print(
             f"  trial {number}: NDCG@10 {result[METRIC]:.4f} after validation {result['training_iteration']}  "

@@ -106,8 +106,9 @@ def diffusion_losses(
     temperature: float,
     contrasted: int = 1,
     min_snr: float = 0.0,
+    latest: Float[Tensor, "batch items cond_dim"] | None = None,
 ) -> Losses:
-    """The three terms, each a mean over the batch. Vectors come in unit variance.
+    """The three terms, each a mean over the batch. Vectors come in unit variance; `latest` as the denoiser takes them.
 
     denoising       ||target - prediction||^2 / cond_dim, on the positive, weighed by `min_snr_weights`
     contrastive     -log softmax( -||err||^2 ) of the positive among the first `contrasted` negatives, all noised with
@@ -117,7 +118,8 @@ def diffusion_losses(
     alpha = alphas[timesteps][None, :, None]
     noised = torch.cat([positive[None], negatives[:, :contrasted].transpose(0, 1)])
     noisy = add_noise(noised, noise[None], alpha)
-    output = denoiser(noisy, timesteps[None], condition[None], dropped[None])
+    heard = None if latest is None else latest[None]
+    output = denoiser(noisy, timesteps[None], condition[None], dropped[None], heard)
     # On whole squared norms it saturates at once in 64 dimensions; per-dimension means differ by its scale alone.
     errors = (output - training_target(noised, noise[None], alpha, prediction_type)).square().mean(dim=2)
     chosen = torch.zeros(len(positive), dtype=torch.long, device=positive.device)

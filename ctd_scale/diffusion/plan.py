@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ctd_scale.config import DiffusionConfig
-from ctd_scale.diffusion.denoiser import Denoiser
+from ctd_scale.config_diffusion import DiffusionConfig
+from ctd_scale.diffusion.denoiser import new_denoiser
 from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses
 from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
 from ctd_scale.estimates import Estimate, seconds_per_call
@@ -15,12 +15,13 @@ USERS = 32
 
 def plan_diffusion(prefixes: float, items: int, cond_dim: int, config: DiffusionConfig) -> Estimate:
     """`prefixes` preferences to train on."""
-    model = Denoiser(cond_dim, config.hidden_dim, config.num_blocks, config.dropout)
+    model = new_denoiser(cond_dim, config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = max(1, min(config.batch_size, int(prefixes)))
     alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type)
     rows = torch.randn(batch, 3, cond_dim)
     negatives = torch.randn(batch, config.num_negatives, cond_dim)
+    latest = some_latest(batch, cond_dim, config)
     timesteps, dropped = torch.randint(config.num_train_timesteps, (batch,)), torch.zeros(batch, dtype=torch.bool)
 
     def step() -> None:
@@ -37,6 +38,7 @@ def plan_diffusion(prefixes: float, items: int, cond_dim: int, config: Diffusion
             temperature=config.temperature,
             contrasted=config.num_contrasted,
             min_snr=config.min_snr,
+            latest=latest,
         )
         optimizer.zero_grad(set_to_none=True)
         torch.stack(tuple(losses)).sum().backward()
@@ -55,13 +57,19 @@ def plan_diffusion(prefixes: float, items: int, cond_dim: int, config: Diffusion
 
 def seconds_per_user(cond_dim: int, config: DiffusionConfig, seed: int) -> float:
     """Draws and errors of one user, in a batch."""
-    model = Denoiser(cond_dim, config.hidden_dim, config.num_blocks, config.dropout).eval().requires_grad_(False)
-    condition = torch.randn(USERS, cond_dim)
+    model = new_denoiser(cond_dim, config).eval().requires_grad_(False)
+    condition, latest = torch.randn(USERS, cond_dim), some_latest(USERS, cond_dim, config)
     noise, probes = common_noise(config.num_draws, cond_dim, seed), error_probes(config, cond_dim, seed)
     candidates = torch.randn(USERS, config.error_candidates, cond_dim)
 
     def rank() -> None:
-        generate(model, condition, noise, config)
-        denoising_errors(model, condition, candidates, *probes, config)
+        generate(model, condition, noise, config, latest)
+        denoising_errors(model, condition, candidates, *probes, config, latest)
 
     return seconds_per_call(rank, at_most=5) / USERS
+
+
+def some_latest(users: int, cond_dim: int, config: DiffusionConfig) -> torch.Tensor | None:
+    """Vectors of as many latest items as the denoiser attends to."""
+    count = config.condition_items
+    return torch.randn(users, count, cond_dim) if count else None

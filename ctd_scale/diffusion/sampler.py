@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ctd_scale.config import DiffusionConfig
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.objective import add_noise, cumulative_alphas, predicted_sample, schedule_options
 
 
@@ -40,18 +40,19 @@ def generate(
     conditions: Float[Tensor, "batch cond_dim"],
     noise: Float[Tensor, "draws cond_dim"],
     config: DiffusionConfig,
+    latest: Float[Tensor, "batch items cond_dim"] | None = None,
 ) -> Float[Tensor, "batch draws cond_dim"]:
     """Generated vectors: `sampling_steps` denoiser calls (twice as many with guidance) for all draws at once."""
     scheduler = make_scheduler(config)
     scheduler.set_timesteps(config.sampling_steps)
     sample = noise.to(conditions.device).expand(len(conditions), -1, -1).contiguous()
-    shared = conditions[:, None]
+    shared, heard = conditions[:, None], None if latest is None else latest[:, None]
     nobody = torch.ones(shared.shape[:2], dtype=torch.bool, device=sample.device)
     for timestep in scheduler.timesteps:
         timesteps = torch.full(shared.shape[:2], int(timestep), device=sample.device)
-        output = denoiser(sample, timesteps, shared)
+        output = denoiser(sample, timesteps, shared, None, heard)
         if config.guidance != 1.0:
-            without = denoiser(sample, timesteps, shared, nobody)
+            without = denoiser(sample, timesteps, shared, nobody, heard)
             output = without + config.guidance * (output - without)
         outcome = scheduler.step(output, timestep, sample)
         sample = outcome.prev_sample
@@ -77,17 +78,18 @@ def denoising_errors(
     timesteps: Int[Tensor, "evaluations"],
     noise: Float[Tensor, "evaluations cond_dim"],
     config: DiffusionConfig,
+    latest: Float[Tensor, "batch items cond_dim"] | None = None,
 ) -> Float[Tensor, "batch pool"]:
     """`mean over (t, eps) of ||x_0 - x_theta(x_t, t, c)||^2 / cond_dim` of every candidate: low where the density is
     high, and exactly what the contrastive loss trains."""
     alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type)
     total = torch.zeros(candidates.shape[:2], device=candidates.device)
-    shared = conditions[:, None]
+    shared, heard = conditions[:, None], None if latest is None else latest[:, None]
     for timestep, eps in zip(timesteps.tolist(), noise.to(candidates.device), strict=True):
         alpha = alphas[timestep].to(candidates.device).reshape(1, 1, 1)
         noisy = add_noise(candidates, eps, alpha)
         when = torch.full(shared.shape[:2], timestep, device=candidates.device)
-        output = denoiser(noisy, when, shared)
+        output = denoiser(noisy, when, shared, None, heard)
         sample = predicted_sample(output, noisy, alpha, config.prediction_type)
         total += (candidates - sample).square().mean(dim=-1)
     return total / len(timesteps)

@@ -16,19 +16,27 @@ from torch.nn.parallel import DistributedDataParallel
 from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.averaging import update_average
-from ctd_scale.batches import Preferences
-from ctd_scale.config import DiffusionConfig, RunConfig
-from ctd_scale.diffusion.denoiser import Denoiser
+from ctd_scale.batches import InteractionLog, Preferences
+from ctd_scale.config import RunConfig
+from ctd_scale.config_diffusion import DiffusionConfig
+from ctd_scale.diffusion.denoiser import new_denoiser
 from ctd_scale.diffusion.negatives import chosen_negatives, popularity_sums, uniform_negatives
 from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses, unit_variance
+from ctd_scale.sequence import latest_first
 
 WEIGHTS = "denoiser.safetensors"
 
 
 def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.ndarray) -> None:
-    """preferences, item vectors of models/llm -> models/diffusion (EMA weights of the denoiser)."""
+    """preferences, item vectors of models/llm -> models/diffusion (EMA weights of the denoiser). Where it attends to
+    the latest items, these are read from the interactions."""
     llm, preferences = run.fetch("models/llm"), run.fetch("preferences")
     run.require_made_from(preferences, llm)
+    read: dict[str, str] = {}
+    if config.diffusion.condition_items:
+        interactions = run.fetch("interactions")
+        run.require_made_from(preferences, interactions)
+        read["interactions"] = str(interactions.path)
     staged = run.root / ".staging" / "item_vectors.npy"
     staged.parent.mkdir(parents=True, exist_ok=True)
     np.save(staged, vectors)
@@ -39,6 +47,7 @@ def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.n
             "seed": config.seed,
             "preferences": str(preferences.path),
             "vectors": str(staged),
+            **read,
         },
         run=run,
         stage="diffusion",
@@ -51,6 +60,27 @@ def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.n
         shutil.copy(export / WEIGHTS, folder / WEIGHTS)
 
 
+class LatestRead:
+    """The latest items that were read before the target of each training row, in the space of diffusion.
+
+    Rows are a user's last training prefixes, in order (`export_windows`). Raises ValueError where they are not.
+    """
+
+    def __init__(self, log: InteractionLog, data: Preferences, count: int, vectors: torch.Tensor) -> None:
+        self._log, self._users, self._count, self._vectors = log, data.users, count, vectors
+        rows = np.bincount(data.users, minlength=log.num_users)
+        self._ends = np.arange(len(data)) + (log.train_lengths() - np.cumsum(rows))[data.users]
+        if not np.array_equal(log.items[log.offsets[data.users] + self._ends], data.targets):
+            raise ValueError("the preferences are not those of this log's training prefixes; export them again")
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, at most `count`, cond_dim], the newest first, zeros where there are fewer."""
+        chosen = zip(self._users[rows].tolist(), self._ends[rows].tolist(), strict=True)
+        read = [self._log.train_sequence(user)[max(0, end - self._count) : end] for user, end in chosen]
+        items = torch.from_numpy(latest_first(read, self._count)).to(self._vectors.device)
+        return self._vectors[items.clamp_min(0)] * (items >= 0)[:, :, None]
+
+
 def train_loop(arguments: dict[str, Any]) -> None:
     """One worker: its rows of every global batch; the order of rows is a function of (seed, epoch)."""
     config, seed = DiffusionConfig.model_validate(arguments["config"]), int(arguments["seed"])
@@ -59,10 +89,14 @@ def train_loop(arguments: dict[str, Any]) -> None:
     conditions = unit_variance(torch.tensor(data.vectors)).to(device)
     targets = torch.tensor(data.targets, dtype=torch.long)
     vectors = unit_variance(torch.tensor(np.load(arguments["vectors"]))).to(device)
+    latest_read = None
+    if config.condition_items:
+        log_read = InteractionLog.load(Path(arguments["interactions"]))
+        latest_read = LatestRead(log_read, data, config.condition_items, vectors)
     sums = popularity_sums(torch.bincount(targets, minlength=len(vectors)))
     alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type).to(device)
 
-    model = Denoiser(vectors.shape[1], config.hidden_dim, config.num_blocks, config.dropout).to(device)
+    model = new_denoiser(vectors.shape[1], config).to(device)
     average = deepcopy(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -119,6 +153,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             temperature=config.temperature,
             contrasted=config.num_contrasted,
             min_snr=config.min_snr,
+            latest=None if latest_read is None else latest_read(rows[mine]),
         )
         loss = (
             config.denoising_weight * losses.denoising

@@ -28,9 +28,9 @@ from ctd_scale.llm.descriptions import describe_items
 from ctd_scale.llm.losses import sampled_softmax_loss, softmax_loss
 from ctd_scale.llm.model import PreferenceHead
 from ctd_scale.llm.prompts import make_prompts
-from ctd_scale.llm.reader import HistoryReader, latest_first
+from ctd_scale.llm.reader import HistoryReader
 from ctd_scale.llm.vectors import initial_vectors
-from ctd_scale.sequence import prefixes
+from ctd_scale.sequence import latest_first, prefixes
 from ctd_scale.tasks import FACTS, WEIGHTS, Task, by_length, restore, train_task
 
 VECTOR_SCALE = 0.02  # of the vectors at the start: small beside what the reader says of them

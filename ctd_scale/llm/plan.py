@@ -17,10 +17,9 @@ from ctd_scale.llm.collator import Collator, Row
 from ctd_scale.llm.descriptions import TEXT_DIM
 from ctd_scale.llm.history import HistoryModel, new_head
 from ctd_scale.llm.prompts import Prompts, make_prompts
-from ctd_scale.llm.reader import latest_first
 from ctd_scale.llm.train import new_model, parameter_groups
 from ctd_scale.llm.windows import export_windows, training_windows
-from ctd_scale.sequence import prefixes
+from ctd_scale.sequence import latest_first, prefixes
 
 # Users whose windows are counted; the rest is taken to be alike.
 SAMPLED_USERS = 50_000

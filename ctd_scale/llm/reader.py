@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy import ndarray
 from torch import Tensor, nn
 
-from ctd_scale.sequence import LAST, Block, SequenceEncoder, left_padded
+from ctd_scale.sequence import LAST, Block, SequenceEncoder
 
 RECENT = 4  # latest items whose vectors are added as they are
 LEAST_WIDTH = 4  # shorter histories are padded to it
@@ -74,11 +73,6 @@ def reader_of(weights: Mapping[str, Tensor], prefix: str, dropout: float = 0.0) 
     reader = HistoryReader(dim, max_history, len(blocks), dropout)
     reader.load_state_dict(own)
     return reader
-
-
-def latest_first(histories: list[ndarray], limit: int) -> Int[ndarray, "batch length"]:
-    """The last `limit` items of each, the latest first, -1 behind them."""
-    return left_padded(histories, limit, -1)[:, ::-1].copy()
 
 
 def history_widths(max_history: int) -> list[int]:

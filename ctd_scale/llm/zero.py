@@ -28,7 +28,7 @@ import torch.distributed as dist
 from ctd_scale import training
 from ctd_scale.config import LLMConfig
 from ctd_scale.llm.model import PreferenceHead
-from ctd_scale.llm.reader import latest_first
+from ctd_scale.sequence import latest_first
 
 TAG, PROGRESS = "state", "state.json"
 STALE_SECONDS = 900.0  # compiling takes one or two minutes

@@ -14,7 +14,8 @@ from numpy import ndarray
 
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import Catalogue, InteractionLog
-from ctd_scale.config import DiffusionConfig, LLMConfig, load_config
+from ctd_scale.config import LLMConfig, load_config
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses
 from ctd_scale.diffusion.sampler import make_scheduler

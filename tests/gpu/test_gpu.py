@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ctd_scale.baselines.train import MAKERS
-from ctd_scale.config import DiffusionConfig, GraphConfig, validate_config
+from ctd_scale.config import GraphConfig, validate_config
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
 from ctd_scale.graph.csr import BipartiteGraph

@@ -74,6 +74,7 @@ def test_the_settings_that_learn_are_found_and_can_be_used(tmp_path: Path, capsy
     assert other["ndcg"] < 0.5
     assert other["stopped_early"]
     assert len(other["validated"]) == 1
+    assert first.out.count("after validation") == 4 + 1, "each validation is said once"
     assert not list(folder.parent.glob("*/runs")), "models of trials are not kept"
 
     # The same settings, trained by themselves, reach what the trial said.

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import SPLITS, Catalogue, InteractionLog, NodeArrays, Ranking, save_rankings
 from ctd_scale.config import RunConfig, validate_config
-from ctd_scale.diffusion.denoiser import Denoiser
+from ctd_scale.diffusion.denoiser import new_denoiser
 from ctd_scale.diffusion.train import WEIGHTS
 from ctd_scale.graph.train import DEGREES
 from ctd_scale.llm.model import build_preference_lm
@@ -187,7 +187,7 @@ def make_text_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerFast:
 
 def write_denoiser(folder: Path, config: RunConfig) -> None:
     """A random denoiser whose blocks are not the identity that they start as."""
-    denoiser = Denoiser(COND_DIM, config.diffusion.hidden_dim, config.diffusion.num_blocks, config.diffusion.dropout)
+    denoiser = new_denoiser(COND_DIM, config.diffusion)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     save_file(denoiser.state_dict(), folder / WEIGHTS)

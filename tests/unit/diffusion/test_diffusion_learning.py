@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ctd_scale.batches import Preferences
-from ctd_scale.config import DiffusionConfig
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.diffusion.train import WEIGHTS, train_loop
 

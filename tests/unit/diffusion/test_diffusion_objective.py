@@ -102,7 +102,7 @@ class Linear(nn.Module):
         self.mix = nn.Parameter(torch.randn(2 * DIM, DIM))
 
     def forward(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor, dropped: Any = None
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor, dropped: Any = None, *_: Any
     ) -> torch.Tensor:
         if dropped is not None:
             condition = torch.where(dropped[..., None], 0.5, condition)
@@ -116,7 +116,9 @@ class Oracle(nn.Module):
         super().__init__()
         self.sample = sample
 
-    def forward(self, noisy: torch.Tensor, timesteps: Any, condition: Any, dropped: Any = None) -> torch.Tensor:
+    def forward(
+        self, noisy: torch.Tensor, timesteps: Any, condition: Any, dropped: Any = None, *_: Any
+    ) -> torch.Tensor:
         return self.sample.expand_as(noisy)
 
 

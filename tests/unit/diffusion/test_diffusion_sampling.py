@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ctd_scale.config import DiffusionConfig
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.denoiser import Denoiser
 from ctd_scale.diffusion.objective import add_noise, cumulative_alphas, predicted_sample
 from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate, make_scheduler
@@ -98,7 +98,9 @@ def test_a_draw_depends_on_condition_and_seed_alone(denoiser: Denoiser, sampler:
 
 def test_guidance_goes_past_the_conditioned_prediction() -> None:
     class TwoMinds(nn.Module):
-        def forward(self, noisy: torch.Tensor, timesteps: Any, condition: Any, dropped: Any = None) -> torch.Tensor:
+        def forward(
+            self, noisy: torch.Tensor, timesteps: Any, condition: Any, dropped: Any = None, *_: Any
+        ) -> torch.Tensor:
             return torch.full_like(noisy, 3.0 if dropped is None else 1.0)
 
     for guidance in (0.0, 1.0, 2.0):

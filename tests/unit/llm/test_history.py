@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.llm.history import HistoryModel, history_task, load_untrained, new_head, train_loop
-from ctd_scale.llm.reader import HistoryReader, history_widths, latest_first
+from ctd_scale.llm.reader import HistoryReader, history_widths
 from ctd_scale.llm.train import new_model, parameter_groups
 from ctd_scale.ranking import rank_targets
+from ctd_scale.sequence import latest_first
 from ctd_scale.tasks import WEIGHTS, restore, scorer_of
 
 USERS, ITEMS, DIM = 80, 12, 16
