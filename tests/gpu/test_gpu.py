@@ -12,7 +12,7 @@ import torch
 from ctd_scale.baselines.train import MAKERS
 from ctd_scale.config import GraphConfig, validate_config
 from ctd_scale.config_diffusion import DiffusionConfig
-from ctd_scale.diffusion.denoiser import Denoiser
+from ctd_scale.diffusion.denoiser import new_denoiser
 from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
 from ctd_scale.graph.csr import BipartiteGraph
 from ctd_scale.graph.encoder import LightGCN
@@ -69,24 +69,28 @@ def test_training_steps_on_the_graph() -> None:
     assert torch.allclose(tables[1].weight.cpu(), tables[0].weight, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
-def test_the_denoiser_generates_and_judges(sampler: Any) -> None:
-    config = DiffusionConfig(sampler=sampler, hidden_dim=32, guidance=1.5)
+@pytest.mark.parametrize(("sampler", "items"), [("ddim", 0), ("dpmsolver++", 0), ("ddim", 3)])
+def test_the_denoiser_generates_and_judges(sampler: Any, items: int) -> None:
+    config = DiffusionConfig(sampler=sampler, hidden_dim=32, guidance=1.5, condition_items=items)
     torch.manual_seed(0)
-    model = Denoiser(16, 32, 2, dropout=0.1).eval()
+    model = new_denoiser(16, config).eval()
     for block in model.blocks:
         torch.nn.init.normal_(block.modulate.weight, std=0.1)
+    for attention in model.attend if items else []:
+        torch.nn.init.normal_(attention.leave.weight, std=0.1)
     conditions, candidates = torch.randn(5, 16), torch.randn(5, 7, 16)
+    latest = torch.randn(5, items, 16) if items else None
     noise, probes = common_noise(4, 16, seed=0), error_probes(config, 16, seed=0)
     drawn, errors = [], []
     for device in (CPU, CUDA):
         model.to(device)
-        drawn.append(generate(model, conditions.to(device), noise, config))
-        errors.append(denoising_errors(model, conditions.to(device), candidates.to(device), *probes, config))
+        heard = None if latest is None else latest.to(device)
+        drawn.append(generate(model, conditions.to(device), noise, config, heard))
+        errors.append(denoising_errors(model, conditions.to(device), candidates.to(device), *probes, config, heard))
     assert drawn[1].device.type == errors[1].device.type == CUDA
     assert torch.allclose(drawn[1].cpu(), drawn[0], atol=1e-3)
     assert torch.allclose(errors[1].cpu(), errors[0], atol=1e-3)
-    inputs = (torch.randn(5, 16, device=CUDA), torch.arange(5, device=CUDA), conditions.to(CUDA))
+    inputs = (torch.randn(5, 16, device=CUDA), torch.arange(5, device=CUDA), conditions.to(CUDA), None, heard)
     with torch.no_grad(), torch.autocast(CUDA, torch.bfloat16):
         half = model(*inputs)
     with torch.no_grad():
