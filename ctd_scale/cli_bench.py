@@ -44,7 +44,8 @@ def quality(
     for dataset in data:
         rows = as_json(compare(dataset, names, range(seeds), storage, chosen, reference))
         show(rows)
-        said = "".join(f" --set {override}" for override in overrides or ())
+        said = f" --reference {reference}" if reference else ""
+        said += "".join(f" --set {override}" for override in overrides or ())
         command = f"ctd bench quality --data {Path(dataset).stem} --models {','.join(names)} --seeds {seeds}{said}"
         write_quality(rows, out, command)
     console.print(f"written: {out}", highlight=False)
