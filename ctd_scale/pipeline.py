@@ -42,6 +42,8 @@ class Stage:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     checkpoints: str = ""
+    # Raised where the same settings and inputs give something else than before: what was made is then made again.
+    revision: int = 0
 
 
 # Each stage imports what it needs when it runs: together they take as long as a small stage.
@@ -236,7 +238,8 @@ def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:
         digests = input_digests(config.interactions)
     else:
         digests = {name: run.fetch(name, verify=False).digest for name in stage.inputs}
-    payload = json.dumps([stage.name, section_hash(config, stage.sections), digests], sort_keys=True)
+    name = f"{stage.name}, revision {stage.revision}" if stage.revision else stage.name
+    payload = json.dumps([name, section_hash(config, stage.sections), digests], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
 

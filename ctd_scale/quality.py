@@ -170,7 +170,10 @@ def rank_stage(name: str) -> Stage:
     if name in (*VARIANTS, *DISCRETE):
         own = (*own, "llm")
     inputs = ("interactions", *([source] if (source := trained_artifact(name)) else []))
-    return Stage(f"rank_{name}", partial(_rank, name), ("evaluation", *own), inputs, (f"ranks/{name}",))
+    # 1: what needs no training knows the validation interactions at test.
+    revision = int(name in ("popularity", "item_knn"))
+    make, outputs = partial(_rank, name), (f"ranks/{name}",)
+    return Stage(f"rank_{name}", make, ("evaluation", *own), inputs, outputs, revision=revision)
 
 
 def _rank(name: str, run: Run, config: RunConfig, config_hash: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,15 @@ def test_another_backbone_trains_and_ranks_the_llm_rivals_again(name: str, run: 
     few, many = load_config("debug"), load_config("debug", ["llm.num_hidden_layers=2"])
     for stage in (stage_named(name), rank_stage(name)):
         assert stage_hash(stage, run, few) != stage_hash(stage, run, many)
+
+
+def test_what_a_former_revision_of_a_stage_made_is_made_again(run: Run) -> None:
+    with run.publish("interactions", config_hash="", inputs={}) as folder:
+        (folder / "file.txt").write_text("content")
+    stage, config = rank_stage("item_knn"), load_config("debug")
+    keys = [stage_hash(replace(stage, revision=revision), run, config) for revision in (0, 1, 2)]
+    assert len(set(keys)) == 3
+    assert stage_hash(stage, run, config) == keys[1], "its ranks know the validation interactions since then"
 
 
 def test_a_baseline_is_trained_again_only_for_what_it_reads(run: Run) -> None:
