@@ -175,7 +175,7 @@ STAGES = (
         "train_diffusion",
         _diffusion,
         ("diffusion",),
-        ("models/llm", "preferences"),
+        ("interactions", "models/llm", "preferences"),
         ("models/diffusion",),
         "diffusion",
     ),

@@ -31,12 +31,12 @@ def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.n
     """preferences, item vectors of models/llm -> models/diffusion (EMA weights of the denoiser). Where it attends to
     the latest items, these are read from the interactions."""
     llm, preferences = run.fetch("models/llm"), run.fetch("preferences")
-    run.require_made_from(preferences, llm)
+    others = [llm]
     read: dict[str, str] = {}
     if config.diffusion.condition_items:
-        interactions = run.fetch("interactions")
-        run.require_made_from(preferences, interactions)
+        others.append(interactions := run.fetch("interactions"))
         read["interactions"] = str(interactions.path)
+    run.require_made_from(preferences, *others)
     staged = run.root / ".staging" / "item_vectors.npy"
     staged.parent.mkdir(parents=True, exist_ok=True)
     np.save(staged, vectors)
@@ -54,7 +54,7 @@ def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.n
         key=config_hash,
         resources=config.resources.diffusion,
     )
-    inputs = {artifact.name: artifact.digest for artifact in (llm, preferences)}
+    inputs = {artifact.name: artifact.digest for artifact in (preferences, *others)}
     facts = {"cond_dim": int(vectors.shape[1]), **training.usage(run, "diffusion")}
     with run.publish("models/diffusion", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         shutil.copy(export / WEIGHTS, folder / WEIGHTS)
