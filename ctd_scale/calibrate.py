@@ -114,10 +114,12 @@ def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[st
 
     `full` weighs all that is known of a candidate: the preference, what the graph says of the
     history, the draws and the denoiser's error; a term that says nothing new is fitted to zero and then costs nothing.
+    Where all of it together does not rank these users better than the preference alone, `full` is the preference.
     `full_text`, which is served, adds the text factor with the best NDCG@10, where that is more than noise.
     """
     kinds = {name: fitted_ranking(pools, terms) for name, terms in KINDS.items()}
-    full = kinds["fused_all"]
+    # The fit is by likelihood, which also counts users whose item stays far from the first ten.
+    full = max((kinds["preference"], kinds["fused_all"]), key=lambda each: pool_ndcg(pools, each))
     spoken = max(
         (replace(full, pi=pi) for pi in config.evaluation.text_factors), key=lambda each: pool_ndcg(pools, each)
     )

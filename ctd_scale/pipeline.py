@@ -192,6 +192,7 @@ STAGES = (
         ("diffusion", "retrieval", "evaluation"),
         ("interactions", "models/llm", "preferences", "models/diffusion", "index"),
         ("ranking",),
+        revision=1,
     ),
     Stage(
         "evaluate",

@@ -150,3 +150,18 @@ def test_what_is_within_one_standard_error_is_not_paid_for() -> None:
     (close,) = np.nonzero((best - gains).mean(axis=1) <= error)
     assert 0 < close[0] < 5, "neither the cheapest nor the best"
     assert first_as_good(pools, rankings) == rankings[close[0]]
+
+
+def test_what_does_not_rank_better_than_the_preference_is_not_served() -> None:
+    """Of the likelihood a term can be worth much and of the first ten nothing: here the graph knows of half of the
+    items, but these are the preference's last."""
+    pools = []
+    for seed, each in enumerate(known_pools("preference")):
+        far = np.where(each.pool.ids >= 0, each.pool.cosines, np.inf).argsort(axis=1)[:, :6]
+        known = np.take_along_axis(each.pool.graph_scores, far, axis=1).argmax(axis=1)
+        targets = each.pool.ids[np.arange(USERS), far[np.arange(USERS), known]]
+        pools.append(replace(each, targets=targets) if seed % 2 else each)
+    rankings, ndcg = choose_rankings(pools, RunConfig())
+    assert rankings["fused_all"].graph > 0
+    assert ndcg["fused_all"] < ndcg["preference"]
+    assert rankings["full"] == rankings["full_text"] == rankings["preference"]
