@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def search(
     folder = run.root / "tune" / name
     arguments = {
         "stages": [stage.name for stage in stages],
-        "config": str(resolve_config(config)),
+        "config": str(resolve_config(config).absolute()),
         "overrides": list(overrides),
         "storage": str(run.root.parent),
         "name": run.name,
@@ -134,12 +134,15 @@ def search(
                 mode="max",
                 num_samples=trials,
                 search_alg=BasicVariantGenerator(random_state=settings.seed, max_concurrent=concurrent),
-                scheduler=AsyncHyperBandScheduler(max_t=1_000_000, grace_period=least_epochs, reduction_factor=3),
+                scheduler=AsyncHyperBandScheduler(
+                    "validations", max_t=1_000_000, grace_period=least_epochs, reduction_factor=3
+                ),
             ),
             run_config=tune.RunConfig(
                 name=name, storage_path=str(folder.parent), callbacks=[_Teller(folder / "runs")], verbose=0
             ),
         )
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in settings begin where we are
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it Ctrl-C would end the search as if it were complete
     done = [_trial_of(result) for result in tuner.fit()]
     shutil.rmtree(folder / "runs", ignore_errors=True)
@@ -201,10 +204,21 @@ def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
         if not own.exists(name):
             link_artifact(name, base, own)
     own.write_config(config)
-    with training.reporting_to(_EveryValidation()):
+    said = own.root / "validated.json"
+    with training.reporting_to(_EveryValidation(said)):
         for stage in stages:
             run_stage(stage, own, config)
-    tune.report({METRIC: _validation_ndcg(stages[-1], own, config), "finished": True})
+    tune.report(_said(_validation_ndcg(stages[-1], own, config), _read(said).values(), finished=True))
+
+
+def _read(said: Path) -> dict[str, float]:
+    """NDCG@10 by the step or epoch after which it was measured."""
+    return dict(json.loads(said.read_text())) if said.exists() else {}
+
+
+def _said(ndcg: float, validated: Iterable[float], *, finished: bool) -> dict[str, Any]:
+    so_far = list(validated)
+    return {METRIC: ndcg, "validated": so_far, "validations": len(so_far), "finished": finished}
 
 
 def _validation_ndcg(stage: Stage, run: Run, config: RunConfig) -> float:
@@ -217,26 +231,39 @@ def _validation_ndcg(stage: Stage, run: Run, config: RunConfig) -> float:
 
 
 def _trial_of(result: Any) -> Trial:
-    rows = result.metrics_dataframe
-    if rows is None:
-        return Trial(dict(result.config), [], 0.0, 0.0, False, str(result.error))
-    finished = bool(rows["finished"].iloc[-1])
+    last, error = result.metrics or {}, "" if result.error is None else str(result.error)
+    if METRIC not in last:  # it failed before it was ranked
+        return Trial(dict(result.config), [], 0.0, 0.0, False, error)
     return Trial(
         settings=dict(result.config),
-        validated=[round(float(value), 6) for value in rows[METRIC][~rows["finished"].astype(bool)]],
-        ndcg=round(float(rows[METRIC].max()), 6),
-        seconds=round(float(rows["time_total_s"].iloc[-1]), 1),
-        stopped_early=not finished and result.error is None,
-        error="" if result.error is None else str(result.error),
+        validated=[round(ndcg, 6) for ndcg in last["validated"]],
+        ndcg=round(max([*last["validated"], last[METRIC]]), 6),
+        seconds=round(float(last["time_total_s"]), 1),
+        stopped_early=not last["finished"] and not error,
+        error=error,
     )
 
 
 class _EveryValidation(TuneReportCallback):  # type: ignore[misc]  # untyped
-    """Passes on what a training reports after a validation, and nothing else."""
+    """Passes on what a training reports after a validation, and nothing else; first of all what it had reported when
+    the search was interrupted, which training, going on from its checkpoint, does not say again, or not all of it."""
+
+    def __init__(self, said: Path) -> None:
+        super().__init__()
+        self.said, self.known = said, _read(said)
+        before = list(self.known.values())
+        for number, ndcg in enumerate(before, start=1):
+            tune.report(_said(ndcg, before[:number], finished=False))
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        if METRIC in metrics[0]:
-            super().after_report(run_context, [{METRIC: metrics[0][METRIC], "finished": False}], None)
+        if METRIC not in metrics[0]:
+            return
+        when = str(metrics[0].get("epoch", metrics[0].get("step")))
+        if when not in self.known:
+            self.known[when] = metrics[0][METRIC]
+            write_text(self.said, json.dumps(self.known))
+            told = _said(self.known[when], self.known.values(), finished=False)
+            super().after_report(run_context, [told], None)
 
 
 class _Teller(tune.Callback):  # type: ignore[misc]  # untyped
@@ -246,11 +273,11 @@ class _Teller(tune.Callback):  # type: ignore[misc]  # untyped
         self.runs = runs
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if result["finished"] and result["training_iteration"] > 1:
+        if result["finished"] and result["validated"]:
             return  # what a validation has said before
         number = trials.index(trial) + 1
         console.print(
-            f"  trial {number}: NDCG@10 {result[METRIC]:.4f} after validation {result['training_iteration']}  "
+            f"  trial {number}: NDCG@10 {result[METRIC]:.4f} after validation {max(1, result['validations'])}  "
             f"[dim]{' '.join(overrides_of(trial.config))}[/]",
             highlight=False,
             soft_wrap=True,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ from ctd_scale.config import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
+KILLED_AFTER = 2  # of the good rate's four validations
 # Of these two rates the seed draws the good one first, beside which the other has to end early.
 RANGE = "baselines.sasrec.learning_rate=1e-6,0.01"
 CONFIG = """
@@ -52,11 +57,35 @@ def circles(folder: Path) -> Path:
     return file
 
 
-def test_the_settings_that_learn_are_found_and_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = circles(tmp_path)
-    options = ["--config", str(config), "--storage", str(tmp_path / "runs")]
-    options += ["--interactions", str(tmp_path / "interactions.parquet"), "--items", str(tmp_path / "items.parquet")]
+def kill_after(said: str, asked: list[str]) -> None:
+    """Start this as somebody would, and kill it with all its workers once it has said so."""
+    script = "from ctd_scale.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *asked], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if said in line:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert said in lines[-1], "".join(lines)
+
+
+def test_the_settings_that_learn_are_found_and_can_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(circles(tmp_path).parent)
+    options = ["--config", "circles.toml", "--storage", "runs"]
+    options += ["--interactions", "interactions.parquet", "--items", "items.parquet"]
     asked = ["tune", "sasrec", *options, "--range", RANGE, "--trials", "2"]
+    kill_after(f"trial 1: NDCG@10 1.0000 after validation {KILLED_AFTER}", asked)
+    (said,) = (tmp_path / "runs" / "circles" / "tune").glob("train_sasrec-*/runs/*/validated.json")
+    before = json.loads(said.read_text())
+    assert KILLED_AFTER <= len(before) <= 4
+
     with pytest.raises(SystemExit) as ended:
         main(asked)
     first = capsys.readouterr()
@@ -74,6 +103,7 @@ def test_the_settings_that_learn_are_found_and_can_be_used(tmp_path: Path, capsy
     assert other["ndcg"] < 0.5
     assert other["stopped_early"]
     assert len(other["validated"]) == 1
+    assert best["validated"][: len(before)] == pytest.approx(list(before.values()), abs=1e-6)
     assert first.out.count("after validation") == 4 + 1, "each validation is said once"
     assert not list(folder.parent.glob("*/runs")), "models of trials are not kept"
 

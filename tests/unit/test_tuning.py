@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from ray.tune.search.sample import Categorical, Float, Integer
 
 from ctd_scale.artifacts import Run
 from ctd_scale.config import ConfigError
-from ctd_scale.tuning import overrides_of, read_range, search
+from ctd_scale.tuning import _trial_of, overrides_of, read_range, search
 
 
 def test_ranges_in_words() -> None:
@@ -67,3 +68,12 @@ def test_a_storage_that_cannot_be_linked_is_refused() -> None:
         search(
             "llm", "debug", [], ["llm.epochs=1..2"], Run("memory://runs", "run"), trials=1, concurrent=1, least_epochs=1
         )
+
+
+def test_a_trial_that_failed_at_once_says_why() -> None:
+    """Such a trial has neither metrics nor rows of them, or rows without what a training says."""
+    for metrics in (None, {}, {"time_total_s": 1.0}):
+        failed = SimpleNamespace(config={"llm.epochs": 2}, metrics=metrics, error=RuntimeError("no such file"))
+        found = _trial_of(failed)
+        assert (found.settings, found.validated, found.error) == ({"llm.epochs": 2}, [], "no such file")
+        assert not found.stopped_early
