@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,9 +130,11 @@ def tune(
     )
     show_trials(found)
     said = "".join(
-        f" {flag} {value}" for flag, given in (("--range", ranges), ("--set", overrides)) for value in given or ()
+        f" {flag} {shlex.quote(value)}"
+        for flag, given in (("--range", ranges), ("--set", chosen))
+        for value in given or ()
     )
-    command = f"ctd tune {stage} --config {Path(config).stem}{said} --trials {trials} --least-epochs {least_epochs}"
+    command = f"ctd tune {stage} --config {config}{said} --trials {trials} --least-epochs {least_epochs}"
     folder = run.root / "tune" / stage
     write_best(found, config, chosen, command, folder)
     console.print(f"written: {folder}/best.toml, {folder}/trials.json", highlight=False, soft_wrap=True)

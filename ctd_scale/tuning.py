@@ -275,10 +275,10 @@ class _Teller(tune.Callback):  # type: ignore[misc]  # untyped
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if result["finished"] and result["validated"]:
             return  # what a validation has said before
-        number = trials.index(trial) + 1
+        number, count = trials.index(trial) + 1, result["validations"]
+        when = f"after validation {count}" if count else "when trained"
         console.print(
-            f"  trial {number}: NDCG@10 {result[METRIC]:.4f} after validation {max(1, result['validations'])}  "
-            f"[dim]{' '.join(overrides_of(trial.config))}[/]",
+            f"  trial {number}: NDCG@10 {result[METRIC]:.4f} {when}  [dim]{' '.join(overrides_of(trial.config))}[/]",
             highlight=False,
             soft_wrap=True,
         )

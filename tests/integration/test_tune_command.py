@@ -91,7 +91,10 @@ def test_the_settings_that_learn_are_found_and_can_be_used(
     first = capsys.readouterr()
     assert ended.value.code == 0, first.err
     folder = tmp_path / "runs" / "circles" / "tune" / "sasrec"
-    trials = json.loads((folder / "trials.json").read_text())["trials"]
+    written = json.loads((folder / "trials.json").read_text())
+    asked_so = f"ctd tune sasrec --config circles.toml --range {RANGE} --set 'interactions.interactions="
+    assert written["command"].startswith(asked_so)
+    trials = written["trials"]
     assert len(trials) == 2
     assert not any(trial["error"] for trial in trials)
     best, other = trials
