@@ -204,19 +204,20 @@ def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
         if not own.exists(name):
             link_artifact(name, base, own)
     own.write_config(config)
-    said = own.root / "validated.json"
-    with training.reporting_to(_EveryValidation(said)):
+    record = own.root / "validated.json"
+    with training.reporting_to(_EveryValidation(record)):
         for stage in stages:
             run_stage(stage, own, config)
-    tune.report(_said(_validation_ndcg(stages[-1], own, config), _read(said).values(), finished=True))
+    tune.report(_report(_validation_ndcg(stages[-1], own, config), _read(record).values(), finished=True))
 
 
-def _read(said: Path) -> dict[str, float]:
+def _read(record: Path) -> dict[str, float]:
     """NDCG@10 by the step or epoch after which it was measured."""
-    return dict(json.loads(said.read_text())) if said.exists() else {}
+    return dict(json.loads(record.read_text())) if record.exists() else {}
 
 
-def _said(ndcg: float, validated: Iterable[float], *, finished: bool) -> dict[str, Any]:
+def _report(ndcg: float, validated: Iterable[float], *, finished: bool) -> dict[str, Any]:
+    """What Ray Tune is told. ASHA compares trials after the same number of validations."""
     so_far = list(validated)
     return {METRIC: ndcg, "validated": so_far, "validations": len(so_far), "finished": finished}
 
@@ -248,12 +249,12 @@ class _EveryValidation(TuneReportCallback):  # type: ignore[misc]  # untyped
     """Passes on what a training reports after a validation, and nothing else; first of all what it had reported when
     the search was interrupted, which training, going on from its checkpoint, does not say again, or not all of it."""
 
-    def __init__(self, said: Path) -> None:
+    def __init__(self, record: Path) -> None:
         super().__init__()
-        self.said, self.known = said, _read(said)
+        self.record, self.known = record, _read(record)
         before = list(self.known.values())
         for number, ndcg in enumerate(before, start=1):
-            tune.report(_said(ndcg, before[:number], finished=False))
+            tune.report(_report(ndcg, before[:number], finished=False))
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if METRIC not in metrics[0]:
@@ -261,8 +262,8 @@ class _EveryValidation(TuneReportCallback):  # type: ignore[misc]  # untyped
         when = str(metrics[0].get("epoch", metrics[0].get("step")))
         if when not in self.known:
             self.known[when] = metrics[0][METRIC]
-            write_text(self.said, json.dumps(self.known))
-            told = _said(self.known[when], self.known.values(), finished=False)
+            write_text(self.record, json.dumps(self.known))
+            told = _report(self.known[when], self.known.values(), finished=False)
             super().after_report(run_context, [told], None)
 
 
