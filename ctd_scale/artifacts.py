@@ -48,6 +48,7 @@ MAKERS = {
 }
 # What no stage makes, and the command that does.
 COMMANDS = {"latency": "ctd bench latency"}
+RIVALS = ("codes/", "baselines/", "ranks/")
 
 
 class ArtifactError(ValueError):
@@ -328,6 +329,8 @@ def _fsync(path: Path) -> None:
 def _rerun(name: str) -> str:
     if name.startswith("changes/"):
         return "go back to an earlier version with `ctd index rollback --to N`"
+    if name.startswith(RIVALS):
+        return f"run `ctd bench quality` with {name.partition('/')[2]} again"
     return f"run `{COMMANDS[name]}`" if name in COMMANDS else f"rerun {MAKERS.get(name, name)} (`ctd run` does it)"
 
 

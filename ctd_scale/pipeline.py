@@ -209,18 +209,30 @@ def _baseline(name: str) -> Stage:
     sections: tuple[str, ...] = (f"baselines.{name}", "evaluation.mask_seen")
     inputs: tuple[str, ...] = ("interactions",)
     if name in DISCRETE:  # layers, history and precision are the LLM's
-        sections = (*sections, "llm")
+        inputs, sections = (*inputs, f"codes/{name}"), (*sections, "llm")
     if name in VARIANTS:
         inputs, sections = ("interactions", "embeddings"), ("llm", "evaluation.mask_seen")
     return Stage(f"train_{name}", partial(_trained, name=name), sections, inputs, (f"baselines/{name}",), name)
 
 
+def _codes(run: Run, config: RunConfig, config_hash: str, name: str) -> None:
+    from ctd_scale.baselines.discrete import assign_codes
+
+    assign_codes(name, run, config, config_hash)
+
+
+# TIGER's are of what the LLM says of a title.
+CODES = tuple(
+    Stage(f"assign_codes_{name}", partial(_codes, name=name), ("llm",), ("interactions",), (f"codes/{name}",))
+    for name in DISCRETE
+)
 BASELINES = tuple(_baseline(name) for name in (*TRAINED, *VARIANTS))
+ALL_STAGES = (*STAGES, *CODES, *BASELINES)
 
 
 def stage_named(name: str) -> Stage:
     """The stage of that name; what it trains is name enough. Raises ConfigError naming all of them."""
-    known = {stage.name: stage for stage in (*STAGES, *BASELINES)}
+    known = {stage.name: stage for stage in ALL_STAGES}
     for given in (name, f"train_{name}"):
         if given in known:
             return known[given]
@@ -278,7 +290,7 @@ def run_with_inputs(stages: Iterable[Stage], run: Run, config: RunConfig) -> Non
     done: set[str] = set()
 
     def make(stage: Stage) -> None:
-        for maker in (*STAGES, *BASELINES):
+        for maker in ALL_STAGES:
             if set(maker.outputs) & set(stage.inputs) and maker.name not in done:
                 make(maker)
         run_stage(stage, run, config)

@@ -30,7 +30,7 @@ from ctd_scale.artifacts import Run, link_artifact, write_text
 from ctd_scale.config import ConfigError, RunConfig, load_config, resolve_config
 from ctd_scale.environment import machine, versions
 from ctd_scale.evaluate import rank_baseline
-from ctd_scale.pipeline import BASELINES, STAGES, Stage, run_stage, run_with_inputs, stage_hash, stage_named
+from ctd_scale.pipeline import ALL_STAGES, BASELINES, Stage, run_stage, run_with_inputs, stage_hash, stage_named
 from ctd_scale.terminal import TrainingError, console
 
 METRIC = "ndcg"
@@ -189,7 +189,7 @@ def _make_inputs(stages: Sequence[Stage], run: Run, config: RunConfig) -> None:
     """Make all that these stages read and do not make themselves."""
     made = {name for stage in stages for name in stage.outputs}
     needed = {name for stage in stages for name in stage.inputs} - made
-    run_with_inputs([maker for maker in (*STAGES, *BASELINES) if needed & set(maker.outputs)], run, config)
+    run_with_inputs([maker for maker in ALL_STAGES if needed & set(maker.outputs)], run, config)
 
 
 def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:

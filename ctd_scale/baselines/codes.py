@@ -7,8 +7,10 @@ al., 2022; indexing of Hua et al., 2023). `p5_collaborative`: clusters of cluste
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,10 +18,13 @@ from numpy import ndarray
 from scipy.cluster.vq import kmeans2
 from scipy.sparse import csr_matrix, diags
 from scipy.sparse.linalg import eigsh
+from scipy.spatial.distance import cdist
 
+from ctd_scale.artifacts import write_text
 from ctd_scale.baselines.matrix import interaction_matrix
 from ctd_scale.batches import InteractionLog
 
+SYMBOLS, FACTS = "symbols.npy", "codes.json"
 DIGITS = 10
 ITERATIONS = 20
 
@@ -36,6 +41,15 @@ class Codes:
     @property
     def length(self) -> int:
         return int(self.symbols.shape[1])
+
+    def save(self, folder: Path) -> None:
+        np.save(folder / SYMBOLS, self.symbols.astype(np.int32))
+        write_text(folder / FACTS, json.dumps({"alphabet": self.alphabet, "digits": self.digits}) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Codes:
+        facts = json.loads((folder / FACTS).read_text())
+        return cls(np.load(folder / SYMBOLS).astype(np.int64), facts["alphabet"], facts["digits"])
 
 
 def random_codes(num_items: int, seed: int) -> Codes:
@@ -164,5 +178,20 @@ def _kmeans(vectors: ndarray, count: int, random: np.random.Generator) -> tuple[
         return distinct, group.ravel()
     with warnings.catch_warnings():  # an empty cluster is no fault: its symbol is not used
         warnings.filterwarnings("ignore", "One of the clusters is empty")
-        centres, nearest = kmeans2(vectors, count, iter=ITERATIONS, minit="++", rng=random)
+        first = spread_out(vectors, count, random)
+        centres, nearest = kmeans2(vectors, first, iter=ITERATIONS, minit="matrix", rng=random)
     return centres, nearest.astype(np.int64)
+
+
+def spread_out(
+    vectors: Float[ndarray, "rows dim"], count: int, random: np.random.Generator
+) -> Float[ndarray, "count dim"]:
+    """The first centres of k-means++ (Arthur and Vassilvitskii, 2007): each a row, drawn by its squared distance from
+    the nearest of those before it. What `kmeans2(minit="++")` draws, which measures all distances again for each."""
+    centres = [vectors[random.integers(len(vectors))]]
+    nearest = np.full(len(vectors), np.inf)
+    while len(centres) < count:
+        nearest = np.minimum(nearest, cdist(centres[-1][None], vectors, "sqeuclidean")[0])
+        shares = np.cumsum(nearest / nearest.sum())
+        centres.append(vectors[np.searchsorted(shares, random.uniform())])
+    return np.stack(centres)

@@ -6,6 +6,7 @@ constrains, over the whole catalogue: what cannot be an item is never written.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ctd_scale.artifacts import Run
 from ctd_scale.baselines.codes import (
     Codes,
     CodeTrie,
@@ -166,14 +168,24 @@ class DiscreteLM(nn.Module):
         return self.trie.item(nodes.ravel()).reshape(nodes.shape), totals
 
 
-def discrete_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
+def assign_codes(name: str, run: Run, config: RunConfig, config_hash: str) -> None:
+    """interactions -> codes/NAME: the words of the items. Made once, since clusters may come out otherwise on another
+    machine: whoever trains, goes on or ranks reads the same."""
+    interactions, started = run.fetch("interactions"), time.perf_counter()
+    codes = make_codes(name, InteractionLog.load(interactions.path), config)
+    inputs = {interactions.name: interactions.digest}
+    facts = {"training_seconds": round(time.perf_counter() - started, 1)}
+    with run.publish(f"codes/{name}", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
+        codes.save(folder)
+
+
+def discrete_task(log: InteractionLog, config: RunConfig, name: str, codes: Codes) -> Task:
     """Windows of `llm.max_history` items as in the LLM stage, each item as its word."""
     settings: DiscreteConfig = getattr(config.baselines, name)
     backbone = backbone_folder(config.llm)
     text_tokenizer = load_text_tokenizer(backbone)
     head_ids = make_prompts(text_tokenizer, log.catalogue, 1).head
     lm = load_causal_lm(backbone, config.llm.num_hidden_layers)
-    codes = make_codes(name, log, config, lm, text_tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half_precision = compute_dtype(config.llm.dtype, device) == torch.bfloat16
     model = DiscreteLM(lm, head_ids, codes, settings, config.llm.max_history, half_precision)
@@ -209,7 +221,7 @@ def discrete_task(log: InteractionLog, config: RunConfig, name: str) -> Task:
     )
 
 
-def make_codes(name: str, log: InteractionLog, config: RunConfig, lm: Any, text_tokenizer: Any) -> Codes:
+def make_codes(name: str, log: InteractionLog, config: RunConfig) -> Codes:
     """The ids that the rival of that name gives to the items."""
     if name == "p5_random":
         return random_codes(log.num_items, config.seed)
@@ -217,6 +229,8 @@ def make_codes(name: str, log: InteractionLog, config: RunConfig, lm: Any, text_
         return sequential_codes(log)
     if name == "p5_collaborative":
         return collaborative_codes(log, config.seed)
+    backbone = backbone_folder(config.llm)
+    lm, text_tokenizer = load_causal_lm(backbone, config.llm.num_hidden_layers), load_text_tokenizer(backbone)
     return semantic_codes(title_vectors(log, lm, text_tokenizer), config.seed)
 
 

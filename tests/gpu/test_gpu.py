@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctd_scale.baselines.train import MAKERS
+from ctd_scale.baselines.discrete import make_codes
+from ctd_scale.baselines.train import make_task
 from ctd_scale.config import GraphConfig, validate_config
 from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.denoiser import new_denoiser
@@ -116,12 +117,15 @@ def test_the_language_model_reads_and_speaks(tiny_chain: Any, dtype: str, closen
 
 
 @pytest.mark.parametrize("name", ["bpr_mf", "sasrec", "bsarec", "tiger"])
-def test_baselines_lose_and_score_as_on_the_cpu(name: str, tiny_chain: Any, backbone: Path) -> None:
+def test_baselines_lose_and_score_as_on_the_cpu(name: str, tiny_chain: Any, backbone: Path, tmp_path: Path) -> None:
     llm = {"backbone": str(backbone), "num_hidden_layers": 2, "max_history": 5, "dtype": "float32"}
     own: dict[str, Any] = {"beams": 20} if name == "tiger" else {"dropout": 0.0} if name != "bpr_mf" else {}
     config = validate_config({"llm": llm, "baselines": {name: own}}, source="test")
     torch.manual_seed(0)
-    log, task = tiny_chain.log, MAKERS[name](tiny_chain.log, config)
+    log = tiny_chain.log
+    if name == "tiger":
+        make_codes(name, log, config).save(tmp_path)
+    task = make_task(name, log, config, tmp_path)
     users = log.split_users()
     histories = [np.asarray(log.history(int(user), "test")) for user in users]
     batch = task.collate(task.steps(0)[0], np.random.default_rng(0))

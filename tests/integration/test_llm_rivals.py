@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ctd_scale.artifacts import Run
+from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.baselines.discrete import assign_codes
 from ctd_scale.baselines.llm import train_variant
 from ctd_scale.baselines.names import VARIANTS
+from ctd_scale.baselines.train import train_baseline
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.evaluate import rank_baseline
@@ -38,7 +40,7 @@ def circle(folder: Path) -> Run:
     return run
 
 
-def config_for(backbone: Path) -> RunConfig:
+def config_for(backbone: Path, **baselines: Any) -> RunConfig:
     llm = {
         "backbone": str(backbone),
         "num_hidden_layers": 2,
@@ -51,9 +53,9 @@ def config_for(backbone: Path) -> RunConfig:
         "learning_rate": 3e-3,
         "head_learning_rate": 2e-2,
     }
-    resources = {"threads_per_worker": 1, "max_failures": 0}
+    resources = {name: {"threads_per_worker": 1, "max_failures": 0} for name in ("llm", "baselines")}
     # Ranked below with seen items kept, so the epoch is chosen by that, too.
-    values = {"llm": llm, "resources": {"llm": resources}, "evaluation": {"mask_seen": False}}
+    values = {"llm": llm, "baselines": baselines, "resources": resources, "evaluation": {"mask_seen": False}}
     return validate_config(values, source="test")
 
 
@@ -65,3 +67,19 @@ def test_a_rival_learns_what_comes_next(name: str, tmp_path: Path, backbone: Pat
     assert (ranks.ranks == 1).mean() >= 0.9
     made: dict[str, Any] = dict(run.fetch(f"baselines/{name}").manifest["inputs"])
     assert made == {each: run.fetch(each).digest for each in ("interactions", "embeddings")}
+
+
+def test_discrete_ids_are_made_once(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who ranks writes the ids that were trained on, even where clusters would come out otherwise."""
+    own = {"epochs": 30, "batch_size": 16, "learning_rate": 3e-3, "symbol_learning_rate": 2e-2, "beams": ITEMS}
+    run, config = circle(tmp_path), config_for(backbone, p5_collaborative=own)
+    assign_codes("p5_collaborative", run, config, "key")
+    train_baseline("p5_collaborative", run, config, "key")
+    monkeypatch.setattr("ctd_scale.baselines.discrete.collaborative_codes", lambda *_: pytest.fail("made again"))
+    ranks = rank_baseline("p5_collaborative", run, config, "test", mask_seen=False)
+    assert (ranks.ranks == 1).mean() >= 0.9
+    monkeypatch.undo()
+    other = validate_config({**config.model_dump(), "seed": 1}, source="test")
+    assign_codes("p5_collaborative", run, other, "another key")
+    with pytest.raises(ArtifactError, match="run `ctd bench quality` with p5_collaborative again"):
+        rank_baseline("p5_collaborative", run, config, "test", mask_seen=False)

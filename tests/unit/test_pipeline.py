@@ -59,7 +59,7 @@ def test_what_several_stages_read_is_made_once_and_first(run: Run, monkeypatch: 
 
 @pytest.mark.parametrize("name", [*DISCRETE, *VARIANTS])
 def test_another_backbone_trains_and_ranks_the_llm_rivals_again(name: str, run: Run) -> None:
-    for artifact in ("interactions", f"baselines/{name}"):
+    for artifact in ("interactions", f"codes/{name}", f"baselines/{name}"):
         with run.publish(artifact, config_hash="", inputs={}) as folder:
             (folder / "file.txt").write_text("content")
     few, many = load_config("debug"), load_config("debug", ["llm.num_hidden_layers=2"])

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ctd_scale.baselines.discrete import make_codes
 from ctd_scale.baselines.names import DISCRETE, TRAINED
-from ctd_scale.baselines.train import MAKERS, train_loop
+from ctd_scale.baselines.train import MAKERS, make_task, train_loop
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.ranking import rank_targets
@@ -56,11 +57,15 @@ def arguments_for(name: str, folder: Path, backbone: Path, **changes: Any) -> di
         "llm": {"backbone": str(backbone), "num_hidden_layers": 2, "max_history": 8, "dtype": "float32"},
     }
     config = validate_config(values, source="test")
-    return {"name": name, "config": config.model_dump(), "interactions": str(folder)}
+    if name in DISCRETE:
+        make_codes(name, InteractionLog.load(folder), config).save(folder)
+    codes = str(folder) if name in DISCRETE else None
+    return {"name": name, "config": config.model_dump(), "interactions": str(folder), "codes": codes}
 
 
 def trained(name: str, arguments: dict[str, Any], log: InteractionLog, export: Path) -> torch.nn.Module:
-    model = MAKERS[name](log, RunConfig.model_validate(arguments["config"])).model
+    codes = Path(arguments["codes"]) if arguments["codes"] else None
+    model = make_task(name, log, RunConfig.model_validate(arguments["config"]), codes).model
     restore(model, load_file(export / WEIGHTS))
     return model.eval()
 
@@ -127,4 +132,4 @@ def test_the_best_epoch_is_kept_and_training_stops_without_progress(
 
 
 def test_whatever_is_said_to_be_trained_has_a_maker() -> None:
-    assert tuple(MAKERS) == TRAINED
+    assert (*MAKERS, *DISCRETE) == TRAINED

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.cluster.vq import kmeans2
 from scipy.sparse import csr_matrix
 
 from ctd_scale.baselines.codes import (
@@ -18,8 +19,9 @@ from ctd_scale.baselines.codes import (
     semantic_codes,
     sequential_codes,
     spectral_vectors,
+    spread_out,
 )
-from ctd_scale.baselines.discrete import DiscreteLM, discrete_task, valid_share
+from ctd_scale.baselines.discrete import DiscreteLM, discrete_task, make_codes, valid_share
 from ctd_scale.baselines.names import DISCRETE
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import RunConfig, validate_config
@@ -120,6 +122,25 @@ def test_residual_quantisation_leaves_less_at_every_level() -> None:
     assert spread[0] > 2 * spread[1] > 4 * spread[2]
 
 
+def test_the_first_centres_are_those_that_scipy_draws() -> None:
+    vectors = np.random.default_rng(0).standard_normal((300, 5))
+    vectors[100:] = vectors[:200] * 10
+    expected, nearest = kmeans2(vectors, 16, iter=3, minit="++", rng=np.random.default_rng(1))
+    first = spread_out(vectors, 16, np.random.default_rng(1))
+    found, found_nearest = kmeans2(vectors, first, iter=3, minit="matrix")
+    np.testing.assert_array_equal(found_nearest, nearest)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["random", "semantic"])
+def test_what_was_saved_is_read(name: str, tmp_path: Path) -> None:
+    codes = all_codes()[name]
+    codes.save(tmp_path)
+    found = Codes.load(tmp_path)
+    np.testing.assert_array_equal(found.symbols, codes.symbols)
+    assert (found.alphabet, found.digits, found.length) == (codes.alphabet, codes.digits, codes.length)
+
+
 @pytest.fixture
 def model(backbone: Path) -> DiscreteLM:
     from ctd_scale.llm.backbone import load_causal_lm
@@ -203,7 +224,7 @@ def test_a_task_reads_the_windows_of_the_llm_stage(name: str, backbone: Path) ->
     }
     config: RunConfig = validate_config(values, source="test")
     log = random_log()
-    task = discrete_task(log, config, name)
+    task = discrete_task(log, config, name, make_codes(name, log, config))
     assert isinstance(task.model, DiscreteLM)
     total = 0
     for rows in task.steps(0):
