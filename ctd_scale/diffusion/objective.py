@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -27,14 +28,16 @@ def schedule_options(num_train_timesteps: int, beta_schedule: str, prediction_ty
     return {**options, "beta_schedule": beta_schedule}
 
 
+@cache
 def cumulative_alphas(
     num_train_timesteps: int, beta_schedule: str, prediction_type: PredictionType
 ) -> Float[Tensor, "timesteps"]:
-    """abar_t of every timestep."""
+    """abar_t of every timestep. Whoever asks gets the same tensor: a request has no time to have it computed."""
     from diffusers import DDPMScheduler  # takes seconds, and a ranking without a denoiser never comes here
 
-    scheduler = DDPMScheduler(**schedule_options(num_train_timesteps, beta_schedule, prediction_type))
-    return scheduler.alphas_cumprod.float()
+    with torch.inference_mode(False):  # it may be asked for in training later
+        scheduler = DDPMScheduler(**schedule_options(num_train_timesteps, beta_schedule, prediction_type))
+        return scheduler.alphas_cumprod.float()
 
 
 def unit_variance(vectors: Float[Tensor, "*batch cond_dim"]) -> Float[Tensor, "*batch cond_dim"]:

@@ -5,6 +5,8 @@ The noise is common to all users: an answer depends on (condition, seed) alone, 
 
 from __future__ import annotations
 
+from copy import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +18,14 @@ from ctd_scale.diffusion.objective import add_noise, cumulative_alphas, predicte
 
 
 def make_scheduler(config: DiffusionConfig) -> Any:
-    """The sampling scheduler: same betas as in training, timesteps that begin at the very last one."""
+    """A sampling scheduler: same betas as in training, timesteps that begin at the very last one."""
+    return copy(_scheduler(config))
+
+
+@cache
+def _scheduler(config: DiffusionConfig) -> Any:
+    """Of which every generation takes a copy: `set_timesteps` begins it anew, and computing betas takes longer than a
+    call of a small denoiser."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     options = {

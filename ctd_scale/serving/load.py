@@ -27,6 +27,7 @@ from ctd_scale.recommender import Recommender
 from ctd_scale.terminal import console
 
 WATCH_S = 1.0
+SETTLE_S, CALM_POLLS = 180.0, 5
 SWAP_AFTER = 0.2  # of a level's time: before it, the former run answers
 
 
@@ -68,8 +69,9 @@ def measure_load(
     swap_to: Run | None = None,
     rest_s: float = 0.0,
 ) -> Load:
-    """Serve a run, ask for every user once, ramp up, ask at half of the best rate, then while `swap_to` takes the run's
-    place, and watch the replicas for `rest_s` seconds of silence; the server is stopped afterwards.
+    """Serve a run, ask for every user once, ramp up, ask at half of the best rate once no replica is on its way, then
+    while `swap_to` takes the run's place, and watch the replicas for `rest_s` seconds of silence; the server is stopped
+    afterwards.
 
     With more time than users their preferences are known, and the LLM rests: what is measured is the way behind it.
     `serving.cached_preferences = 0` lets the LLM read every history.
@@ -85,6 +87,7 @@ def measure_load(
     try:
         asyncio.run(ask_each(url, bodies))
         levels, timeline = asyncio.run(ramp(url, bodies, clients, seconds, running_replicas))
+        settle(resting)
         levels.append(asyncio.run(paced(url, bodies, max(level.per_second for level in levels) / 2, seconds)))
         if swap_to is not None:
             with ThreadPoolExecutor(1) as thread:
@@ -113,6 +116,16 @@ def in_process(recommender: Recommender, users: Sequence[int], k: int) -> tuple[
         behind.append(ended - read)
         whole.append(ended - started)
     return float(np.median(behind)), float(np.median(whole))
+
+
+def settle(resting: Callable[[], bool]) -> None:
+    """Wait until the replicas that the load before has called for are up, and those that it no longer needs are gone:
+    loading one takes the cores from whoever answers."""
+    deadline = time.monotonic() + SETTLE_S
+    calm = 0
+    while calm < CALM_POLLS and time.monotonic() < deadline:
+        calm = calm + 1 if resting() else 0
+        time.sleep(WATCH_S)
 
 
 async def ask_each(url: str, bodies: Sequence[dict[str, Any]]) -> None:
@@ -240,6 +253,16 @@ def _later(timeline: list[dict[str, float]], further: list[dict[str, float]]) ->
     """What was seen afterwards, on the clock of the first."""
     begun = timeline[-1]["second"] if timeline else 0.0
     return [{**each, "second": round(begun + each["second"], 1)} for each in further]
+
+
+def resting() -> bool:
+    """Whether no replica of any deployment is starting or stopping."""
+    from ray import serve
+
+    from ctd_scale.serving.app import APPLICATION
+
+    deployments = serve.status().applications[APPLICATION].deployments
+    return all(each.status == "HEALTHY" and set(each.replica_states) <= {"RUNNING"} for each in deployments.values())
 
 
 def running_replicas() -> dict[str, int]:

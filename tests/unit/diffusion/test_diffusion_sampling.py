@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -58,6 +60,25 @@ def test_sampling_starts_at_the_last_training_timestep(sampler: Any, num_train_t
     assert len(timesteps) == steps
     assert timesteps == sorted(set(timesteps), reverse=True)
     assert timesteps[-1] >= 0
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_generations_at_the_same_time_know_nothing_of_each_other(sampler: Any) -> None:
+    """Betas are computed once, but each generation goes its own way."""
+
+    def walk(steps: int) -> Iterator[torch.Tensor]:
+        scheduler = make_scheduler(DiffusionConfig(sampler=sampler))
+        scheduler.set_timesteps(steps)
+        sample = common_noise(DRAWS, DIM, steps)
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(sample.tanh(), timestep, sample).prev_sample
+            yield sample
+
+    alone = {steps: list(walk(steps)) for steps in (4, 7)}
+    both = list(zip_longest(walk(4), walk(7)))
+    for column, steps in enumerate((4, 7)):
+        for row, expected in zip(both, alone[steps], strict=False):
+            torch.testing.assert_close(row[column], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
