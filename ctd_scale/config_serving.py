@@ -21,7 +21,9 @@ class ServingConfig(Section):
     max_ongoing_requests: Positive = 16
     max_queued_requests: Positive = 256
     max_batch_size: Positive = 8
-    batch_wait_ms: NotNegative = 2.0
+    batch_wait_ms: NotNegative = Field(
+        0.0, description="what comes while a batch is computed is the next one; it waits so long for more"
+    )
     request_timeout_s: PositiveFloat = 30.0
     body_timeout_s: PositiveFloat = Field(10.0, description="all of a body must arrive within so long")
     max_k: Positive = 500

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +245,18 @@ def test_by_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit, match="2"):
         main(["index", "delete", *where])
     assert "nothing to take out" in capsys.readouterr().err
+
+
+def test_the_garbage_collector_leaves_what_is_served_alone_and_it_is_freed_when_replaced(run: Run) -> None:
+    config = run.read_config()
+    first = open_release(source_of(run, config))
+    try:
+        assert not any(each is first.catalogue.titles for each in gc.get_objects())
+        let_go = weakref.ref(first)
+        upsert(run, items(("a", "Red Empire", "drama")))
+        second = open_release(source_of(run, config), first)
+        assert not any(each is second.catalogue.titles for each in gc.get_objects())
+        del first
+        assert let_go() is None
+    finally:
+        gc.unfreeze()
