@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.report import Case, parser, show, write
 from ctd_scale.artifacts import Run
+from ctd_scale.batches import load_rankings, save_rankings
 from ctd_scale.changes import delete, upsert
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.pipeline import run_with_inputs, stage_named
@@ -71,12 +72,31 @@ def settings(folder: Path, layers: int) -> RunConfig:
 
 
 def another(run: Run, config: RunConfig) -> Run:
-    """The same run with another denoiser; what is the same in both lies on the disk once."""
-    other = replace(run, name="other")
+    """The same run with another denoiser."""
+    other = linked(run, "other")
+    make(other, config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"epochs": 3})}))
+    return other
+
+
+def linked(run: Run, name: str) -> Run:
+    """A run that begins as this one; what is the same in both lies on the disk once."""
+    other = replace(run, name=name)
     if not other.exists("interactions/manifest.json"):
         shutil.copytree(run.root, other.root, copy_function=os.link, dirs_exist_ok=True)
         (other.root / "run.toml").unlink()  # a link, like all of it: writing it would write both
-    make(other, config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"epochs": 3})}))
+    return other
+
+
+def retrieval_only(run: Run, config: RunConfig) -> Run:
+    """The same run, whose answers are ranked by the preference and the graph: no denoiser is asked."""
+    other = linked(run, f"{run.name}-retrieval")
+    other.write_config(config)
+    made = run.fetch("ranking", verify=False)
+    rankings = load_rankings(made.path)
+    rankings |= dict.fromkeys(("full", "full_text"), rankings["fused_graph"])
+    about = {key: made.manifest[key] for key in ("config_hash", "inputs", "facts")}
+    with other.publish("ranking", **about) as folder:
+        save_rankings(rankings, folder)
     return other
 
 
@@ -184,14 +204,15 @@ def main() -> None:
     other = another(run, config)
 
     cases: list[Case] = []
-    cached = measure_load(run, config, (1, 4, 16), seconds, 100, K, False, other, rest_s=2 * seconds)
-    cases += load_cases(cached, f"{items:,} items, known preferences", cached.behind_preference_ms)
+    retrieved, swapped = (retrieval_only(each, config) for each in (run, other))
+    cached = measure_load(retrieved, config, (1, 4, 16), seconds, 100, K, False, swapped, rest_s=2 * seconds)
+    cases += load_cases(cached, f"{items:,} items, known preferences, no denoiser", cached.behind_preference_ms)
     cases += swap_cases(cached)
     write(cases, options.json)
     serving = config.serving.model_copy(update={"cached_preferences": 0})
     unknown = config.model_copy(update={"serving": serving})
     read = measure_load(run, unknown, (1, 4, 8), seconds, 100, K, False)
-    cases += load_cases(read, f"{items:,} items, {layers} layers read every history", read.whole_chain_ms)
+    cases += load_cases(read, f"{items:,} items, {layers} layers read every history, all terms", read.whole_chain_ms)
     write(cases, options.json)
     cases += change_cases(run, config)
     show(cases)

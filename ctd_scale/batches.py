@@ -186,12 +186,13 @@ class InteractionLog:
         self.catalogue.save(folder)
 
     @classmethod
-    def load(cls, folder: Path) -> InteractionLog:
+    def load(cls, folder: Path, catalogue: Catalogue | None = None) -> InteractionLog:
+        """What `save` wrote; a `catalogue` that is given is not read again, which takes seconds a million items."""
         return cls(
             offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
             items=np.load(folder / "items.npy", mmap_mode="r"),
             user_ids=read_table(folder / "users.parquet")["user_id"].to_pylist(),
-            catalogue=Catalogue.load(folder),
+            catalogue=catalogue or Catalogue.load(folder),
             times=np.load(times, mmap_mode="r") if (times := folder / "times.npy").exists() else None,
             cuts=tuple(json.loads(cuts.read_text())) if (cuts := folder / "cuts.json").exists() else None,
             withheld=np.load(withheld) if (withheld := folder / "withheld.npy").exists() else None,

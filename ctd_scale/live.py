@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Float64, Int32
 from numpy import ndarray
 
 from ctd_scale.artifacts import Artifact, Run
-from ctd_scale.batches import ITEM_COLUMNS, Catalogue, InteractionLog, Preferences
+from ctd_scale.batches import ITEM_COLUMNS, Catalogue, Preferences
 from ctd_scale.changes import Changes, alone, fetch_version, next_version, read_changes
 from ctd_scale.config import RunConfig
 from ctd_scale.retrieval.build import build_index, load_cold, load_graph_index, load_index
@@ -65,7 +65,7 @@ def load_base(run: Run, artifacts: Mapping[str, Artifact], changes: Changes) -> 
     that it was made from. Raises ValueError as `load_index` does; ArtifactError: it is missing or damaged."""
     own = artifacts["index"]
     folder, built = own.path, 0
-    catalogue = InteractionLog.load(artifacts["interactions"].path).catalogue
+    catalogue = Catalogue.load(artifacts["interactions"].path)
     read_as = np.arange(len(catalogue), dtype=np.int32)
     if changes.built:
         version = fetch_version(run, changes.built)

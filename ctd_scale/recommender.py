@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -33,6 +33,8 @@ from ctd_scale.retrieval.hybrid import HybridRetriever
 
 # What the chain needs, checked against each other when it is loaded.
 ARTIFACTS = ("interactions", "tokens", "models/llm", "models/diffusion", "index", "ranking")
+READ_FOR_PREFERENCE = ("interactions", "tokens", "models/llm")
+READ_BEHIND = ("interactions", "models/diffusion", "index", "ranking")  # the preference
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class Recommender:
         self.version = version_of(artifacts, changes)
         self.preference = load_preference(artifacts, self.config)
         self._live = apply_changes(load_base(run, artifacts, changes), changes)
-        self.log = replace(InteractionLog.load(artifacts["interactions"].path), catalogue=self._live.catalogue)
+        self.log = InteractionLog.load(artifacts["interactions"].path, self._live.catalogue)
         self.rank = load_rank(artifacts, self.config, self._live, effort)
 
     @property
@@ -332,9 +334,10 @@ def answers(ids: ndarray, scores: ndarray, texts: list[str]) -> list[Recommendat
     ]
 
 
-def load_artifacts(run: Run) -> dict[str, Artifact]:
-    """Everything a recommendation needs, verified, and refused where one was made from another version of another."""
-    found = {name: run.fetch(name) for name in ARTIFACTS}
+def load_artifacts(run: Run, read: Collection[str] = ARTIFACTS) -> dict[str, Artifact]:
+    """Everything a recommendation needs, refused where one was made from another version of another. Those that will be
+    `read` are verified."""
+    found = {name: run.fetch(name, verify=name in read) for name in ARTIFACTS}
     for name, artifact in found.items():
         run.require_made_from(artifact, *(other for other in found.values() if other.name != name))
     return found
@@ -356,8 +359,7 @@ def baseline_version(run: Run, name: str) -> str:
 
 
 def load_preference(artifacts: Mapping[str, Artifact], config: RunConfig) -> PreferenceModel:
-    catalogue = InteractionLog.load(artifacts["interactions"].path).catalogue
-    tokens = NodeArrays.load(artifacts["tokens"].path)
+    catalogue, tokens = Catalogue.load(artifacts["interactions"].path), NodeArrays.load(artifacts["tokens"].path)
     return PreferenceModel(artifacts["models/llm"].path, tokens, catalogue, config.llm)
 
 
@@ -382,8 +384,7 @@ def load_retrieve(
     artifacts: Mapping[str, Artifact], config: RunConfig, split: Split = "test", effort: float = 1.0
 ) -> RetrieveStep:
     """Over the run's own index, without what was changed since: what the models are measured on in this split."""
-    items = int(artifacts["index"].manifest["facts"]["items"])
-    folder = artifacts["index"].path
+    folder, items = artifacts["index"].path, int(artifacts["index"].manifest["facts"]["items"])
     return RetrieveStep(load_index(folder, items, pi=0.0), load_graph_index(folder, split), config, effort)
 
 

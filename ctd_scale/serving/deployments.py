@@ -29,7 +29,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from ctd_scale.config_serving import ServingConfig
 from ctd_scale.llm.inference import PreferenceModel
-from ctd_scale.recommender import Recommendation, excluded_items, load_preference, timed
+from ctd_scale.recommender import READ_FOR_PREFERENCE, Recommendation, excluded_items, load_preference, timed
 from ctd_scale.retrieval.boosts import Boosts
 from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record, access_log
@@ -106,7 +106,7 @@ def _each(asked: list[tuple[str, ndarray]], models: dict[str, PreferenceModel], 
 
 
 def _warm_preference(source: Source) -> PreferenceModel:
-    model = load_preference(source.artifacts(), source.config)
+    model = load_preference(source.artifacts(READ_FOR_PREFERENCE), source.config)
     for warm in (model, model.texts):  # the first call allocates: no request should wait for it
         warm([np.zeros(1, np.int32)])
     return model

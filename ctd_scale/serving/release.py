@@ -11,7 +11,7 @@ import gc
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float32, Int32
@@ -23,7 +23,7 @@ from ctd_scale.changes import in_force, read_changes
 from ctd_scale.config import RunConfig
 from ctd_scale.latency import Row, chosen_row, load_tuned
 from ctd_scale.live import Base, apply_changes, load_base
-from ctd_scale.recommender import ARTIFACTS, RankStep, load_artifacts, version_of
+from ctd_scale.recommender import ARTIFACTS, READ_BEHIND, RankStep, load_artifacts, version_of
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.schema import Directory
@@ -53,10 +53,10 @@ class Source:
         """Whether the other is the same run with the same models and settings, whatever its catalogue has become."""
         return replace(self, version="", changes=0, number=0) == replace(other, version="", changes=0, number=0)
 
-    def artifacts(self) -> dict[str, Artifact]:
+    def artifacts(self, read: Collection[str]) -> dict[str, Artifact]:
         """The artifacts, refused where they are no longer those of this version: a replica that starts late must not
-        mix its answers with those of another model."""
-        found = load_artifacts(self.run)
+        mix its answers with those of another model. Those that will be `read` are verified."""
+        found = load_artifacts(self.run, read)
         if version_of(found) != self.models:
             raise ArtifactError(f"{self.run.url} is no longer version {self.models}; send SIGHUP to `ctd serve`")
         return found
@@ -124,12 +124,13 @@ def _opened(source: Source, before: Release | None) -> Release:
         directory = before.directory.with_catalogue(live.catalogue, live.places)
         rank = before.rank.over(live.retriever, live.graph)
         return Release(source, before.base, live.catalogue, directory, rank, live.read_as, before.known)
-    artifacts = source.artifacts()
+    artifacts = source.artifacts(READ_BEHIND)
     base = load_base(source.run, artifacts, changes)
     live = apply_changes(base, changes)
     if live.retriever.text is not None:
         live.retriever.text.warm_up()
-    directory = Directory(InteractionLog.load(artifacts["interactions"].path), live.catalogue, live.places)
+    log = InteractionLog.load(artifacts["interactions"].path, live.catalogue)
+    directory = Directory(log, live.catalogue, live.places)
     rank = load_tuned(artifacts, source.config, None if source.tuned is None else source.tuned.settings, live)
     return Release(source, base, live.catalogue, directory, rank, live.read_as)
 
