@@ -7,6 +7,7 @@ together share a batch, which changes the last bits of a score and nothing else.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections import OrderedDict
@@ -109,6 +110,7 @@ def _warm_preference(source: Source) -> PreferenceModel:
     model = load_preference(source.artifacts(READ_FOR_PREFERENCE), source.config)
     for warm in (model, model.texts):  # the first call allocates: no request should wait for it
         warm([np.zeros(1, np.int32)])
+    gc.freeze()  # as where a release is opened: it knows all titles
     return model
 
 
