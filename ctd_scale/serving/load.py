@@ -9,6 +9,7 @@ together.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
 from collections import Counter
@@ -83,6 +84,8 @@ def measure_load(
     behind, whole = in_process(recommender, known, k)
     bodies = [{"user_id": recommender.log.user_ids[user], "k": k, "explain": explain} for user in known]
     del recommender
+    gc.collect()
+    gc.freeze()  # a pause of the clients is none of the server's
     url = serve_run(lambda: (run, config), host="127.0.0.1", port=0, blocking=False)
     try:
         asyncio.run(ask_each(url, bodies))
