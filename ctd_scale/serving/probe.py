@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,13 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
-from ctd_scale.retrieval.dense import CHUNK_ITEMS, exact_search, unit_vectors
+from ctd_scale.retrieval.dense import exact_search, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
 from ctd_scale.retrieval.segments import is_exact
 
 PROBED = 10
+PROBED_ITEMS = 1 << 13  # at a time
+REST = 9.0  # for so many times as long as they took nothing is probed
 # Runs a function where requests are computed.
 Compute = Callable[..., Awaitable[Any]]
 serving_log = logging.getLogger("ctd_scale.serving")
@@ -61,18 +64,20 @@ async def probed_recall(
     retriever: HybridRetriever,
     preference: Float32[ndarray, "cond_dim"],
     compute: Compute,
-    chunk_items: int = CHUNK_ITEMS,
+    chunk_items: int = PROBED_ITEMS,
 ) -> float:
     """Share of the ten nearest that the dense engine finds; of equal items either counts.
 
-    Each call of `compute` scores at most `chunk_items` items, so that a request that comes meanwhile waits for one of
-    them and not for all.
+    Each call of `compute` scores at most `chunk_items` items, and after it comes a rest: a request that comes meanwhile
+    waits for one of them at most, and those that come one after the other do not pile up.
     """
     query = unit_vectors(np.asarray(preference)[None], "preference")
     _, found = await compute(retriever.dense.search, query, PROBED)
     best = np.empty((1, 0), np.float32)
     for start in range(0, len(retriever.vectors), chunk_items):
+        began = time.perf_counter()
         _, cosines = await compute(_scored, retriever, start, start + chunk_items, query)
+        await asyncio.sleep(REST * (time.perf_counter() - began))
         best = np.sort(np.concatenate([best, cosines], axis=1))[:, -PROBED:]
     nearest = best[best > -np.inf]
     return float((found >= nearest.min() - 1e-6).sum() / len(nearest))
