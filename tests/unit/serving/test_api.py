@@ -19,9 +19,7 @@ from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.schema import RecommendRequest, RequestError, UnknownItemError, UnknownUserError
 
-CONFIG = ServingConfig(
-    max_k=50, max_history=4, max_requests=3, max_body_bytes=1000, request_timeout_s=0.05, body_timeout_s=0.3
-)
+CONFIG = ServingConfig(max_k=50, max_history=4, max_requests=3, max_body_bytes=1000, request_timeout_s=0.05)
 ANSWER = {"version": "v1", "items": [{"item_id": "a", "title": "Alpha", "score": 0.5}], "text": ""}
 JSON = {"Content-Type": "application/json"}
 
@@ -198,7 +196,8 @@ def test_a_body_must_arrive_in_time(backend: Pretended) -> None:
 
     async def over_sockets() -> None:
         options = {"log_level": "critical", "lifespan": "off", "ws": "none"}
-        server = uvicorn.Server(uvicorn.Config(make_api(backend, CONFIG), port=0, **options))
+        config = CONFIG.model_copy(update={"body_timeout_s": 0.3})
+        server = uvicorn.Server(uvicorn.Config(make_api(backend, config), port=0, **options))
         serving = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
