@@ -87,10 +87,12 @@ def linked(run: Run, name: str) -> Run:
     return other
 
 
-def retrieval_only(run: Run, config: RunConfig) -> Run:
+def retrieval_only(run: Run) -> Run:
     """The same run, whose answers are ranked by the preference and the graph: no denoiser is asked."""
-    other = linked(run, f"{run.name}-retrieval")
-    other.write_config(config)
+    name = f"{run.name}-retrieval"
+    shutil.rmtree(replace(run, name=name).root, ignore_errors=True)  # of a run that has been made anew since
+    other = linked(run, name)
+    other.write_config(run.read_config())
     made = run.fetch("ranking", verify=False)
     rankings = load_rankings(made.path)
     rankings |= dict.fromkeys(("full", "full_text"), rankings["fused_graph"])
@@ -204,7 +206,7 @@ def main() -> None:
     other = another(run, config)
 
     cases: list[Case] = []
-    retrieved, swapped = (retrieval_only(each, config) for each in (run, other))
+    retrieved, swapped = retrieval_only(run), retrieval_only(other)
     cached = measure_load(retrieved, config, (1, 4, 16), seconds, 100, K, False, swapped, rest_s=2 * seconds)
     cases += load_cases(cached, f"{items:,} items, known preferences, no denoiser", cached.behind_preference_ms)
     cases += swap_cases(cached)

@@ -192,7 +192,7 @@ class InteractionLog:
             offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
             items=np.load(folder / "items.npy", mmap_mode="r"),
             user_ids=read_table(folder / "users.parquet")["user_id"].to_pylist(),
-            catalogue=catalogue or Catalogue.load(folder),
+            catalogue=Catalogue.load(folder) if catalogue is None else catalogue,
             times=np.load(times, mmap_mode="r") if (times := folder / "times.npy").exists() else None,
             cuts=tuple(json.loads(cuts.read_text())) if (cuts := folder / "cuts.json").exists() else None,
             withheld=np.load(withheld) if (withheld := folder / "withheld.npy").exists() else None,
