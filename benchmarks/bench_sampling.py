@@ -33,6 +33,7 @@ class Bench:
         self.config, self.users = run.read_config(), users
         self.artifacts = {**load_artifacts(run), "preferences": run.fetch("preferences")}
         self.log = InteractionLog.load(self.artifacts["interactions"].path)
+        self.taught = self.config.diffusion.sampler == "distilled"
         self.retrieve = {split: load_retrieve(self.artifacts, self.config, split) for split in SPLITS}
 
     def pools(self, split: Split, diffusion: DiffusionConfig) -> list[ScoredPool]:
@@ -55,23 +56,36 @@ class Bench:
         return float(np.concatenate(gains).mean())
 
 
+def spread(pools: list[ScoredPool]) -> float:
+    """One minus the mean cosine of two draws of a user: 0 where all draws are one vector."""
+    unit = np.concatenate([each.draws / np.linalg.norm(each.draws, axis=2, keepdims=True) for each in pools])
+    count = unit.shape[1]
+    pairs = np.square(np.linalg.norm(unit.sum(axis=1), axis=1)) - count
+    return float(1 - pairs.mean() / (count * (count - 1)))
+
+
 def calls_cases(bench: Bench, split: Split, sampler: str, calls: tuple[int, ...]) -> list[Case]:
-    """NDCG@10 of many draws and of one, and what a user's draws take."""
-    found: dict[int, tuple[float, float, float]] = {}
-    for steps in calls:
-        settings = {"sampling_steps": steps, "sampler": sampler, "error_evaluations": 1}
+    """NDCG@10 of many draws and of one, how unlike they are, and what a user's draws take. Where the run has a sampler
+    of one call, that too."""
+    ways = {f"{sampler}, {steps} calls": {"sampling_steps": steps, "sampler": sampler} for steps in calls}
+    if bench.taught and sampler == "ddim":
+        ways["distilled, 1 call"] = {"sampler": "distilled"}
+    found: dict[str, tuple[float, float, float, float]] = {}
+    for way, settings in ways.items():
         started = time.perf_counter()
-        pools = bench.pools(split, bench.config.diffusion.model_copy(update=settings))
+        pools = bench.pools(split, bench.config.diffusion.model_copy(update={**settings, "error_evaluations": 1}))
         seconds = (time.perf_counter() - started) / sum(len(each.users) for each in pools)
-        found[steps] = pool_ndcg(pools, DRAWS), bench.single_ndcg(pools), 1e3 * seconds
-    most = max(calls)
+        found[way] = pool_ndcg(pools, DRAWS), bench.single_ndcg(pools), spread(pools), 1e3 * seconds
+    rival = f"{sampler}, {max(calls)} calls"
     cases = []
-    for steps, (many, single, milliseconds) in found.items():
-        said, rival = f"{sampler}, {steps} calls, {split}", f"{most} calls"
+    for way, (many, single, unlike, milliseconds) in found.items():
         count = bench.config.diffusion.num_draws
+        best_many, best_single, best_unlike, _ = found[rival]
+        said = f"{way}, {split}"
         cases += [
-            Case("calls", f"NDCG@10 of {count} draws, {said}", "", many, found[most][0], rival, many / found[most][0]),
-            Case("calls", f"NDCG@10 of one draw, {said}", "", single, found[most][1], rival, single / found[most][1]),
+            Case("calls", f"NDCG@10 of {count} draws, {said}", "", many, best_many, rival, many / best_many),
+            Case("calls", f"NDCG@10 of one draw, {said}", "", single, best_single, rival, single / best_single),
+            Case("calls", f"spread of the draws, {said}", "", unlike, best_unlike, rival, unlike / best_unlike),
             Case("calls", f"candidates of a user, {said}", "ms", milliseconds),
         ]
     return cases

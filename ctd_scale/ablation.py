@@ -35,6 +35,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "noise_prediction": ("diffusion.prediction_type=epsilon",),
     "velocity_prediction": ("diffusion.prediction_type=v_prediction",),
     "attends_to_items": ("diffusion.condition_items=20",),
+    "one_call_sampler": ("diffusion.sampler=distilled",),
 }
 
 

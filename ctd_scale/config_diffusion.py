@@ -42,8 +42,11 @@ class DiffusionConfig(Section):
     weight_decay: NotNegative = 1e-4
     ema_decay: Fraction = 0.995
     checkpoint_every_steps: Positive = 1000
-    sampling_steps: Positive = 8
-    sampler: Literal["ddim", "dpmsolver++"] = "ddim"
+    sampling_steps: Positive = Field(8, description="denoiser calls of a draw; with `distilled` those of its teacher")
+    sampler: Literal["ddim", "dpmsolver++", "distilled"] = Field(
+        "ddim", description="`distilled`: one call of a student that is taught where DDIM ends"
+    )
+    distill_steps: Positive = Field(1000, description="optimizer steps of that student")
     guidance: NotNegative = Field(1.0, description="classifier-free guidance weight; 1 = none")
     num_draws: Positive = 32
     draw_temperature: PositiveFloat = Field(0.1, description="tau of the log-sum-exp over draws")

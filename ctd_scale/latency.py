@@ -111,7 +111,7 @@ def grid(config: RunConfig, ranking: Ranking, *, tunable: bool) -> list[Settings
         found.append(
             Settings(
                 num_draws=_scaled(own.num_draws, draws if drawn else 1),
-                sampling_steps=_scaled(own.sampling_steps, draws if drawn else 1),
+                sampling_steps=_scaled(own.sampling_steps, draws if drawn and own.sampler != "distilled" else 1),
                 error_candidates=_scaled(own.error_candidates, errors if drawn or ranking.graph else 1, least=K),
                 error_evaluations=_scaled(own.error_evaluations, errors if ranking.error else 1),
                 effort=effort,

@@ -175,6 +175,17 @@ def usage(run: Run, stage: str) -> dict[str, float]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
+def summed(usages: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """What trainings that followed each other took together: seconds add up, of memory the most counts."""
+    found: dict[str, float] = {}
+    for each in usages:
+        for name, value in each.items():
+            found[name] = (
+                value + found.get(name, 0.0) if name == "training_seconds" else max(value, found.get(name, 0.0))
+            )
+    return found
+
+
 # -- inside a worker -----------------------------------------------------------------------------------------
 
 

@@ -13,9 +13,10 @@ from numpy import ndarray
 from safetensors.torch import load_file
 
 from ctd_scale.config_diffusion import DiffusionConfig
-from ctd_scale.diffusion.denoiser import new_denoiser
+from ctd_scale.diffusion.denoiser import Denoiser, new_denoiser
+from ctd_scale.diffusion.distill import STUDENT
 from ctd_scale.diffusion.objective import unit_variance
-from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
+from ctd_scale.diffusion.sampler import at_once, common_noise, denoising_errors, error_probes, generate
 from ctd_scale.diffusion.train import WEIGHTS
 from ctd_scale.sequence import latest_first
 
@@ -28,11 +29,20 @@ class DensityModel:
     ) -> None:
         self.config = config
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.denoiser = new_denoiser(cond_dim, config)
-        self.denoiser.load_state_dict(load_file(folder / WEIGHTS))
-        self.denoiser.to(self.device).eval().requires_grad_(False)
+        self.denoiser = self._read(folder / WEIGHTS, cond_dim)
+        self.student = self._read(folder / STUDENT, cond_dim) if config.sampler == "distilled" else None
         self.noise = common_noise(config.num_draws, cond_dim, seed)
         self.probes = error_probes(config, cond_dim, seed)
+
+    def _read(self, file: Path, cond_dim: int) -> Denoiser:
+        if not file.exists():
+            raise ValueError(
+                f"{file.parent} has no {file.name}, which diffusion.sampler={self.config.sampler!r} needs; run "
+                "train_diffusion with that setting"
+            )
+        network = new_denoiser(cond_dim, self.config)
+        network.load_state_dict(load_file(file))
+        return network.to(self.device).eval().requires_grad_(False)
 
     def latest(
         self, histories: Sequence[Int32[ndarray, "_"]], vectors: Any
@@ -54,7 +64,10 @@ class DensityModel:
         as the only one."""
         noise = self.noise[:count] if count is not None else self.noise
         condition, heard = self._told(preferences, latest)
-        drawn = generate(self.denoiser, condition, noise, self.config, heard)
+        if self.student is None:
+            drawn = generate(self.denoiser, condition, noise, self.config, heard)
+        else:
+            drawn = at_once(self.student, condition, noise, self.config, heard)
         return np.asarray(drawn.cpu().numpy())
 
     def errors(

@@ -33,7 +33,7 @@ def _scheduler(config: DiffusionConfig) -> Any:
         "prediction_type": config.prediction_type,
         "timestep_spacing": "trailing",
     }
-    if config.sampler == "ddim":
+    if config.sampler != "dpmsolver++":
         return DDIMScheduler(**options, clip_sample=False)
     return DPMSolverMultistepScheduler(**options, algorithm_type="dpmsolver++")
 
@@ -47,7 +47,7 @@ def common_noise(num_draws: int, cond_dim: int, seed: int) -> Float[Tensor, "dra
 def generate(
     denoiser: nn.Module,
     conditions: Float[Tensor, "batch cond_dim"],
-    noise: Float[Tensor, "draws cond_dim"],
+    noise: Float[Tensor, "*#batch draws cond_dim"],
     config: DiffusionConfig,
     latest: Float[Tensor, "batch items cond_dim"] | None = None,
 ) -> Float[Tensor, "batch draws cond_dim"]:
@@ -68,6 +68,23 @@ def generate(
     # Where the steps do not divide the chain, DDIM's last one ends a trace above no noise; x_0 itself is meant.
     clean: torch.Tensor = getattr(outcome, "pred_original_sample", sample)
     return clean
+
+
+def at_once(
+    student: nn.Module,
+    conditions: Float[Tensor, "batch cond_dim"],
+    noise: Float[Tensor, "*#batch draws cond_dim"],
+    config: DiffusionConfig,
+    latest: Float[Tensor, "batch items cond_dim"] | None = None,
+) -> Float[Tensor, "batch draws cond_dim"]:
+    """What `generate` would end at, by one call of a network that was taught it (`diffusion.distill`)."""
+    sample = noise.to(conditions.device).expand(len(conditions), -1, -1)
+    shared, heard = conditions[:, None], None if latest is None else latest[:, None]
+    timesteps = torch.full(shared.shape[:2], config.num_train_timesteps - 1, device=sample.device)
+    # Nobody's condition is dropped; said so that all parameters have a gradient, as several workers need.
+    nobody = torch.zeros(shared.shape[:2], dtype=torch.bool, device=sample.device)
+    ends: Tensor = student(sample, timesteps, shared, nobody, heard)
+    return ends
 
 
 def error_probes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,21 @@ from torch.nn.parallel import DistributedDataParallel
 from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.averaging import update_average
-from ctd_scale.batches import InteractionLog, Preferences
 from ctd_scale.config import RunConfig
 from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.denoiser import new_denoiser
+from ctd_scale.diffusion.distill import STUDENT, distill_loop
 from ctd_scale.diffusion.negatives import chosen_negatives, popularity_sums, uniform_negatives
-from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses, unit_variance
-from ctd_scale.sequence import latest_first
+from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses
+from ctd_scale.diffusion.training_set import TrainingSet
 
 WEIGHTS = "denoiser.safetensors"
+DISTILLATION = "diffusion-sampler"  # its checkpoints are the stage's: `diffusion-*`
 
 
 def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.ndarray) -> None:
-    """preferences, item vectors of models/llm -> models/diffusion (EMA weights of the denoiser). Where it attends to
-    the latest items, these are read from the interactions."""
+    """preferences, item vectors of models/llm -> models/diffusion (EMA weights of the denoiser, and of its one-call
+    student where that samples). Where it attends to the latest items, these are read from the interactions."""
     llm, preferences = run.fetch("models/llm"), run.fetch("preferences")
     others = [llm]
     read: dict[str, str] = {}
@@ -40,63 +42,36 @@ def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.n
     staged = run.root / ".staging" / "item_vectors.npy"
     staged.parent.mkdir(parents=True, exist_ok=True)
     np.save(staged, vectors)
-    export = training.run_training(
-        train_loop,
-        {
-            "config": config.diffusion.model_dump(),
-            "seed": config.seed,
-            "preferences": str(preferences.path),
-            "vectors": str(staged),
-            **read,
-        },
-        run=run,
-        stage="diffusion",
-        key=config_hash,
-        resources=config.resources.diffusion,
-    )
+    given = {
+        "config": config.diffusion.model_dump(),
+        "seed": config.seed,
+        "preferences": str(preferences.path),
+        "vectors": str(staged),
+        **read,
+    }
+    trained = partial(training.run_training, run=run, key=config_hash, resources=config.resources.diffusion)
+    files = [trained(train_loop, given, stage="diffusion") / WEIGHTS]
+    costs = [training.usage(run, "diffusion")]
+    if config.diffusion.sampler == "distilled":
+        files.append(trained(distill_loop, {**given, "denoiser": str(files[0])}, stage=DISTILLATION) / STUDENT)
+        costs.append(training.usage(run, DISTILLATION))
     inputs = {artifact.name: artifact.digest for artifact in (preferences, *others)}
-    facts = {"cond_dim": int(vectors.shape[1]), **training.usage(run, "diffusion")}
+    facts = {"cond_dim": int(vectors.shape[1]), **training.summed(costs)}
     with run.publish("models/diffusion", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
-        shutil.copy(export / WEIGHTS, folder / WEIGHTS)
-
-
-class LatestRead:
-    """The latest items that were read before the target of each training row, in the space of diffusion.
-
-    Rows are a user's last training prefixes, in order (`export_windows`). Raises ValueError where they are not.
-    """
-
-    def __init__(self, log: InteractionLog, data: Preferences, count: int, vectors: torch.Tensor) -> None:
-        self._log, self._users, self._count, self._vectors = log, data.users, count, vectors
-        rows = np.bincount(data.users, minlength=log.num_users)
-        self._ends = np.arange(len(data)) + (log.train_lengths() - np.cumsum(rows))[data.users]
-        if not np.array_equal(log.items[log.offsets[data.users] + self._ends], data.targets):
-            raise ValueError("the preferences are not those of this log's training prefixes; export them again")
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[rows, at most `count`, cond_dim], the newest first, zeros where there are fewer."""
-        chosen = zip(self._users[rows].tolist(), self._ends[rows].tolist(), strict=True)
-        read = [self._log.train_sequence(user)[max(0, end - self._count) : end] for user, end in chosen]
-        items = torch.from_numpy(latest_first(read, self._count)).to(self._vectors.device)
-        return self._vectors[items.clamp_min(0)] * (items >= 0)[:, :, None]
+        for file in files:
+            shutil.copy(file, folder / file.name)
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
     """One worker: its rows of every global batch; the order of rows is a function of (seed, epoch)."""
     config, seed = DiffusionConfig.model_validate(arguments["config"]), int(arguments["seed"])
     device = training.prepare_worker(arguments, seed)
-    data = Preferences.load(Path(arguments["preferences"]), "train")
-    conditions = unit_variance(torch.tensor(data.vectors)).to(device)
-    targets = torch.tensor(data.targets, dtype=torch.long)
-    vectors = unit_variance(torch.tensor(np.load(arguments["vectors"]))).to(device)
-    latest_read = None
-    if config.condition_items:
-        log_read = InteractionLog.load(Path(arguments["interactions"]))
-        latest_read = LatestRead(log_read, data, config.condition_items, vectors)
+    data = TrainingSet(arguments, config, device)
+    targets, vectors = data.targets, data.vectors
     sums = popularity_sums(torch.bincount(targets, minlength=len(vectors)))
     alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type).to(device)
 
-    model = new_denoiser(vectors.shape[1], config).to(device)
+    model = new_denoiser(data.cond_dim, config).to(device)
     average = deepcopy(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -133,7 +108,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         draws = {
             "timesteps": torch.randint(config.num_train_timesteps, (batch_size,), generator=generator),
-            "noise": torch.randn(batch_size, vectors.shape[1], generator=generator),
+            "noise": torch.randn(batch_size, data.cond_dim, generator=generator),
             "dropped": torch.rand(batch_size, generator=generator) < config.condition_dropout,
         }
         negatives = uniform_negatives(targets[rows], config.num_negatives, len(vectors), generator)
@@ -144,7 +119,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
         torch.manual_seed(seed * 1_000_003 + step)  # dropout
         losses = diffusion_losses(
             parallel,
-            condition=conditions[rows[mine]],
+            condition=data.conditions[rows[mine]],
             positive=vectors[targets[rows[mine]]],
             negatives=vectors[negatives[mine]],
             **{name: values[mine].to(device) for name, values in draws.items()},
@@ -153,7 +128,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             temperature=config.temperature,
             contrasted=config.num_contrasted,
             min_snr=config.min_snr,
-            latest=None if latest_read is None else latest_read(rows[mine]),
+            latest=data.latest(rows[mine]),
         )
         loss = (
             config.denoising_weight * losses.denoising

@@ -75,10 +75,18 @@ def test_every_target_is_phony_and_explained() -> None:
     assert set(phony[1].split()) == set(re.findall(r"^([a-z]+):.*## \S", MAKEFILE, re.MULTILINE))
 
 
-def test_every_path_in_the_readme_exists() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    named = re.findall(r"`((?:cluster|jobs|ctd_scale|docs)/[\w./]+)`", README)
-    assert [path for path in {*links, *named} if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda it: it.name
+)
+def test_every_path_in_a_document_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    links = [document.parent / link.split("#")[0] for link in re.findall(r"\]\(([^):]+)\)", text)]
+    named = [ROOT / path for path in re.findall(r"`((?:cluster|jobs|ctd_scale|docs)/[\w./]+)`", text)]
+    assert [path for path in links + named if not path.exists()] == []
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if f"(docs/{path.name})" not in README] == []
 
 
 def test_every_dependency_is_pinned_within_its_bounds() -> None:

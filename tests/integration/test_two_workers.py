@@ -14,6 +14,7 @@ from ctd_scale.artifacts import Run
 from ctd_scale.baselines.train import train_baseline
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Preferences
 from ctd_scale.config import RunConfig, validate_config
+from ctd_scale.diffusion.distill import STUDENT
 from ctd_scale.diffusion.train import WEIGHTS, train_diffusion
 from ctd_scale.graph.train import train_graph
 from ctd_scale.tasks import WEIGHTS as BASELINE_WEIGHTS
@@ -107,8 +108,14 @@ def test_diffusion(by_one_and_two: Callable[..., tuple[dict[str, np.ndarray], di
     vectors = np.random.default_rng(1).normal(size=(ITEMS, DIM)).astype(np.float32)
 
     def learn(run: Run, workers: int) -> dict[str, np.ndarray]:
-        train_diffusion(run, config_for(workers), "key", vectors)
-        return load_file(run.fetch("models/diffusion").path / WEIGHTS)
+        """The denoiser, and the sampler that it teaches."""
+        config = config_for(workers)
+        sampler = {"sampler": "distilled", "distill_steps": 3, "sampling_steps": 2}
+        diffusion = config.diffusion.model_copy(update=sampler)
+        train_diffusion(run, config.model_copy(update={"diffusion": diffusion}), "key", vectors)
+        folder = run.fetch("models/diffusion").path
+        taught = {f"sampler.{name}": values for name, values in load_file(folder / STUDENT).items()}
+        return {**load_file(folder / WEIGHTS), **taught}
 
     assert_equal(by_one_and_two(learn))
 

@@ -37,6 +37,9 @@ def test_only_what_the_ranking_weighs_is_varied() -> None:
         (32, 25),
     }
     assert {each.error_evaluations for each in grid(config, replace(PREFERENCE, draws=1.0), tunable=False)} == {8}
+    once = load_config(overrides=["diffusion.sampler=distilled"])
+    steps = {each.sampling_steps for each in grid(once, replace(PREFERENCE, draws=1.0), tunable=False)}
+    assert steps == {8}, "those of the teacher, whom no request asks"
     small = load_config(
         overrides=["diffusion.num_draws=1", "diffusion.sampling_steps=1", "diffusion.error_candidates=7"]
     )

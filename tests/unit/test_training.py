@@ -57,3 +57,9 @@ def test_steps_are_passed_on_and_shown(tmp_path: Path) -> None:
         seen.append((item, json.loads(file.read_text())["step"] if file.exists() else 0))
     assert seen == [("a", 0), ("b", 1), ("c", 2)], "a step counts when it was used"
     assert json.loads((tmp_path / training.PROGRESS).read_text()) == {"step": 3, "total": 3}
+
+
+def test_trainings_that_follow_each_other_cost_their_time_and_the_most_memory() -> None:
+    parts = [{"training_seconds": 4.0, "peak_memory_mb": 900.0}, {"training_seconds": 2.5, "peak_memory_mb": 700.0}, {}]
+    assert training.summed(parts) == {"training_seconds": 6.5, "peak_memory_mb": 900.0}
+    assert training.summed([{}]) == {}, "of a machine whose files are not seen here"

@@ -18,7 +18,8 @@ from ctd_scale.diffusion.denoiser import Denoiser, new_denoiser
 from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses
 from ctd_scale.diffusion.sampler import common_noise, denoising_errors, error_probes, generate
-from ctd_scale.diffusion.train import WEIGHTS, LatestRead, train_loop
+from ctd_scale.diffusion.train import WEIGHTS, train_loop
+from ctd_scale.diffusion.training_set import LatestRead
 
 DIM, ITEMS = 8, 6
 
