@@ -22,6 +22,7 @@ from ctd_scale.baselines.names import DISCRETE, TRAINED, VARIANTS
 from ctd_scale.batches import InteractionLog, NodeArrays, Preferences, Split
 from ctd_scale.checkpoints import discard
 from ctd_scale.config import ConfigError, RunConfig, section_hash
+from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.terminal import console
 
 # What the reader of histories shares with the LLM.
@@ -29,6 +30,8 @@ OF_HISTORY = (
     *("backbone", "max_history", "max_title_tokens", "item_vectors", "preference_dim", "temperature"),
     *("full_softmax_limit", "sampled_negatives"),
 )
+# How a trained denoiser is asked: nothing is learned anew for these.
+OF_ASKING = ("num_draws", "draw_temperature", "error_candidates", "error_evaluations")
 CALIBRATION_USERS = 5000  # whose histories may calibrate the index of the graph
 
 
@@ -174,7 +177,7 @@ STAGES = (
     Stage(
         "train_diffusion",
         _diffusion,
-        ("diffusion",),
+        tuple(f"diffusion.{name}" for name in DiffusionConfig.model_fields if name not in OF_ASKING),
         ("interactions", "models/llm", "preferences"),
         ("models/diffusion",),
         "diffusion",

@@ -84,3 +84,22 @@ def test_a_baseline_is_trained_again_only_for_what_it_reads(run: Run) -> None:
         for overrides in ([], ["evaluation.text_factors=[0.0, 3.0]"], ["evaluation.mask_seen=false"])
     ]
     assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "learned"),
+    [
+        ("diffusion.num_draws=7", False),
+        ("diffusion.error_evaluations=32", False),
+        ("diffusion.contrastive_weight=0", True),
+        ("diffusion.sampler=distilled", True),
+    ],
+)
+def test_a_denoiser_that_is_asked_otherwise_learns_nothing_anew(run: Run, override: str, learned: bool) -> None:
+    stages = {stage_named(name): changed for name, changed in (("train_diffusion", learned), ("evaluate", True))}
+    for artifact in {name for stage in stages for name in stage.inputs}:
+        with run.publish(artifact, config_hash="", inputs={}) as folder:
+            (folder / "file.txt").write_text("content")
+    config, other = load_config("debug"), load_config("debug", [override])
+    for stage, changed in stages.items():
+        assert (stage_hash(stage, run, config) != stage_hash(stage, run, other)) is changed, stage.name
