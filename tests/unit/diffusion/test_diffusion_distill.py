@@ -16,6 +16,7 @@ from ctd_scale.diffusion.denoiser import Denoiser, new_denoiser
 from ctd_scale.diffusion.distill import STUDENT, distill_loop
 from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.diffusion.objective import unit_variance
+from ctd_scale.diffusion.plan import plan_diffusion
 from ctd_scale.diffusion.sampler import at_once, common_noise, generate
 from ctd_scale.diffusion.train import WEIGHTS, train_loop
 
@@ -117,3 +118,12 @@ def test_a_denoiser_without_a_student_says_what_to_run(tmp_path: Path) -> None:
     save_file(new_denoiser(DIM, config).state_dict(), tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=r"has no sampler\.safetensors.*run train_diffusion with that setting"):
         DensityModel(tmp_path, DIM, config, seed=0)
+
+
+def test_a_plan_counts_the_steps_of_the_sampler() -> None:
+    config = DiffusionConfig(hidden_dim=16, epochs=1, sampling_steps=2, distill_steps=5000)
+    alone = plan_diffusion(256, 20, DIM, config)
+    both = plan_diffusion(256, 20, DIM, config.model_copy(update={"sampler": "distilled"}))
+    assert "5,000 of the sampler" in both.reason
+    assert "sampler" not in alone.reason
+    assert both.seconds > alone.seconds
