@@ -168,22 +168,13 @@ def reporting_to(callback: UserCallback) -> Iterator[None]:
         _told.remove(callback)
 
 
-def usage(run: Run, stage: str) -> dict[str, float]:
-    """What the training of a stage took: `training_seconds`, interruptions left out, and the `peak_memory_mb` of the
-    first worker. Empty where that worker ran on a machine whose files are not seen here."""
-    file = run.root / "logs" / stage / USAGE
-    return dict(json.loads(file.read_text())) if file.exists() else {}
-
-
-def summed(usages: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """What trainings that followed each other took together: seconds add up, of memory the most counts."""
-    found: dict[str, float] = {}
-    for each in usages:
-        for name, value in each.items():
-            found[name] = (
-                value + found.get(name, 0.0) if name == "training_seconds" else max(value, found.get(name, 0.0))
-            )
-    return found
+def usage(run: Run, *trainings: str) -> dict[str, float]:
+    """What trainings that followed each other took: `training_seconds` together, interruptions left out, and the most
+    `peak_memory_mb` of a first worker. Empty where these ran on a machine whose files are not seen here."""
+    files = [run.root / "logs" / name / USAGE for name in trainings]
+    found = [json.loads(file.read_text()) for file in files if file.exists()]
+    rules: dict[str, Callable[[list[float]], float]] = {"training_seconds": sum, "peak_memory_mb": max}
+    return {name: of([each[name] for each in found]) for name, of in rules.items()} if found else {}
 
 
 # -- inside a worker -----------------------------------------------------------------------------------------

@@ -8,18 +8,18 @@ are.
 from __future__ import annotations
 
 from copy import deepcopy
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ctd_scale import training
-from ctd_scale.averaging import update_average
 from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.denoiser import new_denoiser
+from ctd_scale.diffusion.learner import Learner
 from ctd_scale.diffusion.sampler import at_once, generate
 from ctd_scale.diffusion.training_set import TrainingSet
 
@@ -37,48 +37,27 @@ def distill_loop(arguments: dict[str, Any]) -> None:
     teacher = new_denoiser(data.cond_dim, config.model_copy(update={"dropout": 0.0}))
     teacher.load_state_dict(load_file(arguments["denoiser"]))
     teacher = teacher.to(device)
-    student, average = deepcopy(teacher), deepcopy(teacher)
+    learner = Learner(deepcopy(teacher), config, config.distill_steps)
     teacher.eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    total = config.distill_steps
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=config.learning_rate / 50)
-    step = 0
-    with training.latest_checkpoint(arguments) as folder:
-        if folder is not None:
-            state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
-            for name, part in (("student", student), ("average", average)):
-                part.load_state_dict(state[name])
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            step = state["step"]
+    learner.resume(arguments, device)
+    write = partial(learner.write, published=STUDENT)
 
-    def write(folder: Path) -> None:
-        parts: dict[str, Any] = {"student": student, "average": average, "optimizer": optimizer, "schedule": schedule}
-        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, folder / "state.pt")
-        (folder / training.EXPORT).mkdir()
-        save_file(average.state_dict(), folder / training.EXPORT / STUDENT)
-
+    student = learner.network
     parallel: nn.Module = DistributedDataParallel(student) if training.world_size() > 1 else student
     mine = slice(training.rank(), None, training.world_size())
-    log = training.StepLog(arguments["logs"], total)
-    while step < total:
+    log = training.StepLog(arguments["logs"], learner.total_steps)
+    while learner.step < learner.total_steps:
         # Drawn for the global batch, then cut: N workers see what one would.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + learner.step)
         rows = torch.randint(len(data), (BATCH,), generator=generator)[mine]
         noise = torch.randn(BATCH, 1, data.cond_dim, generator=generator)[mine]
         condition, latest = data.conditions[rows], data.latest(rows)
         ends = generate(teacher, condition, noise, config, latest).clone()
         loss = (at_once(parallel, condition, noise, config, latest) - ends).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        step += 1
-        update_average(average.parameters(), student.parameters(), config.ema_decay, step)
+        learner.advance(loss)
+        step = learner.step
         log.step(step, {"distance": loss.detach()})
-        if step % config.checkpoint_every_steps == 0 and step < total:
+        if step % config.checkpoint_every_steps == 0 and step < learner.total_steps:
             training.report_checkpoint({"step": step, "loss": loss.item()}, write)
-    training.report_checkpoint({"step": step}, write)
+    training.report_checkpoint({"step": learner.step}, write)
     log.close()

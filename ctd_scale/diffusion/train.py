@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ctd_scale import training
 from ctd_scale.artifacts import Run
-from ctd_scale.averaging import update_average
 from ctd_scale.config import RunConfig
 from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.diffusion.denoiser import new_denoiser
 from ctd_scale.diffusion.distill import STUDENT, distill_loop
+from ctd_scale.diffusion.learner import Learner
 from ctd_scale.diffusion.negatives import chosen_negatives, popularity_sums, uniform_negatives
 from ctd_scale.diffusion.objective import cumulative_alphas, diffusion_losses
 from ctd_scale.diffusion.training_set import TrainingSet
@@ -50,13 +47,13 @@ def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.n
         **read,
     }
     trained = partial(training.run_training, run=run, key=config_hash, resources=config.resources.diffusion)
+    trainings = ["diffusion"]
     files = [trained(train_loop, given, stage="diffusion") / WEIGHTS]
-    costs = [training.usage(run, "diffusion")]
     if config.diffusion.sampler == "distilled":
+        trainings.append(DISTILLATION)
         files.append(trained(distill_loop, {**given, "denoiser": str(files[0])}, stage=DISTILLATION) / STUDENT)
-        costs.append(training.usage(run, DISTILLATION))
     inputs = {artifact.name: artifact.digest for artifact in (preferences, *others)}
-    facts = {"cond_dim": int(vectors.shape[1]), **training.summed(costs)}
+    facts = {"cond_dim": int(vectors.shape[1]), **training.usage(run, *trainings)}
     with run.publish("models/diffusion", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         for file in files:
             shutil.copy(file, folder / file.name)
@@ -71,35 +68,18 @@ def train_loop(arguments: dict[str, Any]) -> None:
     sums = popularity_sums(torch.bincount(targets, minlength=len(vectors)))
     alphas = cumulative_alphas(config.num_train_timesteps, config.beta_schedule, config.prediction_type).to(device)
 
-    model = new_denoiser(data.cond_dim, config).to(device)
-    average = deepcopy(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
     batch_size = min(config.batch_size, len(data))
     steps_per_epoch = len(data) // batch_size
     total_steps = config.epochs * steps_per_epoch
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps, eta_min=config.learning_rate / 50)
-    step = 0
-    with training.latest_checkpoint(arguments) as folder:
-        if folder is not None:
-            state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
-            model.load_state_dict(state["model"])
-            average.load_state_dict(state["average"])
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            step = state["step"]
+    learner = Learner(new_denoiser(data.cond_dim, config).to(device), config, total_steps)
+    learner.resume(arguments, device)
+    write = partial(learner.write, published=WEIGHTS)
 
-    def write(folder: Path) -> None:
-        parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, folder / "state.pt")
-        (folder / training.EXPORT).mkdir()
-        save_file(average.state_dict(), folder / training.EXPORT / WEIGHTS)
-
+    model = learner.network
     parallel: nn.Module = DistributedDataParallel(model) if training.world_size() > 1 else model
     log = training.StepLog(arguments["logs"], total_steps)
     ordered, order = -1, np.empty(0, np.int64)
-    while step < total_steps:
+    while (step := learner.step) < total_steps:
         epoch, position = divmod(step, steps_per_epoch)
         if epoch != ordered:
             ordered, order = epoch, np.random.default_rng((seed, 20, epoch)).permutation(len(data))
@@ -135,14 +115,10 @@ def train_loop(arguments: dict[str, Any]) -> None:
             + config.contrastive_weight * losses.contrastive
             + config.recommendation_weight * losses.recommendation
         )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        step += 1
-        update_average(average.parameters(), model.parameters(), config.ema_decay, step)
+        learner.advance(loss)
+        step = learner.step
         log.step(step, {"loss": loss.detach(), **{name: term.detach() for name, term in losses._asdict().items()}})
         if step % config.checkpoint_every_steps == 0 and step < total_steps:
             training.report_checkpoint({"step": step, "loss": loss.item()}, write)
-    training.report_checkpoint({"step": step}, write)
+    training.report_checkpoint({"step": learner.step}, write)
     log.close()

@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from ctd_scale import training
+from ctd_scale.artifacts import Run
 from ctd_scale.terminal import TrainingError
 
 SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
@@ -59,7 +60,12 @@ def test_steps_are_passed_on_and_shown(tmp_path: Path) -> None:
     assert json.loads((tmp_path / training.PROGRESS).read_text()) == {"step": 3, "total": 3}
 
 
-def test_trainings_that_follow_each_other_cost_their_time_and_the_most_memory() -> None:
-    parts = [{"training_seconds": 4.0, "peak_memory_mb": 900.0}, {"training_seconds": 2.5, "peak_memory_mb": 700.0}, {}]
-    assert training.summed(parts) == {"training_seconds": 6.5, "peak_memory_mb": 900.0}
-    assert training.summed([{}]) == {}, "of a machine whose files are not seen here"
+def test_trainings_that_follow_each_other_cost_their_time_and_the_most_memory(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), "run")
+    for name, seconds, memory in (("first", 4.0, 900.0), ("second", 2.5, 700.0)):
+        (run.root / "logs" / name).mkdir(parents=True)
+        values = {"training_seconds": seconds, "peak_memory_mb": memory}
+        (run.root / "logs" / name / training.USAGE).write_text(json.dumps(values))
+    assert training.usage(run, "second") == {"training_seconds": 2.5, "peak_memory_mb": 700.0}
+    assert training.usage(run, "first", "second") == {"training_seconds": 6.5, "peak_memory_mb": 900.0}
+    assert training.usage(run, "third") == {}, "of a machine whose files are not seen here"
