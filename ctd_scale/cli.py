@@ -111,7 +111,7 @@ def tune(
     ] = None,
     trials: Annotated[int, typer.Option(help="how many settings are tried")] = 16,
     concurrent: Annotated[int, typer.Option(help="how many at a time; each takes the stage's workers")] = 1,
-    least_epochs: Annotated[int, typer.Option(help="validations before a trial may be ended early")] = 1,
+    least_epochs: Annotated[int, typer.Option(help="validations before a trial may be ended early")] = 4,
     storage: StorageOption = "runs",
     name: NameOption = "",
     dataset: DatasetOption = None,

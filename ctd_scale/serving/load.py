@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from ctd_scale.environment import machine, versions
 from ctd_scale.recommender import Recommender
 from ctd_scale.terminal import console
 
+TIMEOUT_S = 120.0
 WATCH_S = 1.0
 SETTLE_S, CALM_POLLS = 180.0, 5
 SWAP_AFTER = 0.2  # of a level's time: before it, the former run answers
@@ -132,12 +134,21 @@ def settle(resting: Callable[[], bool]) -> None:
 
 
 async def ask_each(url: str, bodies: Sequence[dict[str, Any]]) -> None:
-    """Every body once, so that preferences are known. Raises httpx.HTTPStatusError where one is refused."""
-    import httpx
-
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+    """Every body once, so that preferences are known. Raises aiohttp.ClientResponseError where one is refused."""
+    async with _client(url) as client:
         for body in bodies:
-            (await client.post("/v1/recommend", json=body)).raise_for_status()
+            async with client.post("/v1/recommend", json=body) as response:
+                response.raise_for_status()
+
+
+def _client(url: str) -> Any:
+    """Asks over as many connections as are wanted at once. Of the clients for asyncio the one that takes the least of
+    the cores: 0.15 ms a request, where httpx takes 1.6."""
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        url, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), connector=aiohttp.TCPConnector(limit=0)
+    )
 
 
 def _after(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -147,12 +158,10 @@ def _after(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any
 
 async def paced(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float) -> Level:
     """Requests at random times, `rate` a second (a Poisson process, always the same one)."""
-    import httpx
-
     count = max(1, int(rate * seconds))
     times = np.cumsum(np.random.default_rng(0).exponential(1 / rate, count))
     seen = _Seen()
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+    async with _client(url) as client:
         started = time.perf_counter()
 
         async def one(at: float, body: dict[str, Any]) -> None:
@@ -179,11 +188,8 @@ async def ramp(
 ) -> tuple[list[Level], list[dict[str, float]]]:
     """Each number of clients for so many seconds, and until `may_end`; `replicas` says how many there are of each
     deployment."""
-    import httpx
-
-    limits = httpx.Limits(max_connections=max(clients), max_keepalive_connections=max(clients))
     timeline: list[dict[str, float]] = []
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+    async with _client(url) as client:
         watching = asyncio.create_task(_watch(timeline, replicas))
         levels = []
         for count in clients:
@@ -222,11 +228,12 @@ class _Seen:
     versions: Counter[str] = field(default_factory=Counter)
 
     async def ask(self, client: Any, body: dict[str, Any], since: float) -> None:
-        response = await client.post("/v1/recommend", json=body)
+        async with client.post("/v1/recommend", json=body) as response:
+            answer = await response.read()
         self.times.append(1e3 * (time.perf_counter() - since))
-        self.statuses[str(response.status_code)] += 1
-        if response.status_code == 200:
-            self.versions[response.json()["version"]] += 1
+        self.statuses[str(response.status)] += 1
+        if response.status == 200:
+            self.versions[json.loads(answer)["version"]] += 1
 
     def level(self, clients: int, elapsed: float) -> Level:
         p50, p95, p99 = (float(value) for value in np.percentile(self.times, [50, 95, 99]))

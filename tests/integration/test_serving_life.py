@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import psutil
 import pyarrow as pa
@@ -227,7 +228,7 @@ def test_a_ramp_counts_every_answer_and_times_it(server: Server) -> None:
         assert level.per_second * level.mean_ms / 1e3 == pytest.approx(level.clients, rel=0.4)
         assert level.replicas == {"App": 1}
     assert timeline[0]["App"] == 1
-    with pytest.raises(httpx.HTTPStatusError, match="404"):
+    with pytest.raises(aiohttp.ClientResponseError, match="404"):
         asyncio.run(ask_each(url, [{"user_id": "u9999"}]))
 
 
