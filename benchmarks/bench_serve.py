@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.report import Case, parser, show, write
 from ctd_scale.artifacts import Run
-from ctd_scale.batches import load_rankings, save_rankings
+from ctd_scale.batches import Ranking, load_rankings, save_rankings
 from ctd_scale.changes import delete, upsert
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.pipeline import run_with_inputs, stage_named
@@ -33,6 +33,9 @@ from ctd_scale.serving.load import Load, measure_load
 
 SIZES = {"small": (20_000, 200, 2), "full": (1_000_000, 2_000, 8)}  # items, users, layers of the LLM
 LENGTH, KINDS = 12, 2
+# No denoiser is asked, and all that there is.
+RETRIEVAL = Ranking(1.0, 0.0, 0.0, graph=0.5, neighbors=0.5)
+EVERY_TERM = replace(RETRIEVAL, draws=0.5, error=0.5)
 K = 10
 
 
@@ -87,15 +90,14 @@ def linked(run: Run, name: str) -> Run:
     return other
 
 
-def retrieval_only(run: Run) -> Run:
-    """The same run, whose answers are ranked by the preference and the graph: no denoiser is asked."""
-    name = f"{run.name}-retrieval"
+def weighing(run: Run, what: str, ranking: Ranking) -> Run:
+    """The same run, whose answers are ranked by these weights: what was fitted to made-up users may leave terms out."""
+    name = f"{run.name}-{what}"
     shutil.rmtree(replace(run, name=name).root, ignore_errors=True)  # of a run that has been made anew since
     other = linked(run, name)
     other.write_config(run.read_config())
     made = run.fetch("ranking", verify=False)
-    rankings = load_rankings(made.path)
-    rankings |= dict.fromkeys(("full", "full_text"), rankings["fused_graph"])
+    rankings = load_rankings(made.path) | dict.fromkeys(("full", "full_text"), ranking)
     about = {key: made.manifest[key] for key in ("config_hash", "inputs", "facts")}
     with other.publish("ranking", **about) as folder:
         save_rankings(rankings, folder)
@@ -206,17 +208,18 @@ def main() -> None:
     other = another(run, config)
 
     cases: list[Case] = []
-    retrieved, swapped = retrieval_only(run), retrieval_only(other)
+    retrieved, swapped = (weighing(each, "retrieval", RETRIEVAL) for each in (run, other))
     cached = measure_load(retrieved, config, (1, 4, 16), seconds, 100, K, False, swapped, rest_s=2 * seconds)
     cases += load_cases(cached, f"{items:,} items, known preferences, no denoiser", cached.behind_preference_ms)
     cases += swap_cases(cached)
     write(cases, options.json)
     serving = config.serving.model_copy(update={"cached_preferences": 0})
     unknown = config.model_copy(update={"serving": serving})
-    read = measure_load(run, unknown, (1, 4, 8), seconds, 100, K, False)
+    whole = weighing(run, "whole", EVERY_TERM)
+    read = measure_load(whole, unknown, (1, 4, 8), seconds, 100, K, False)
     cases += load_cases(read, f"{items:,} items, {layers} layers read every history, all terms", read.whole_chain_ms)
     write(cases, options.json)
-    cases += change_cases(run, config)
+    cases += change_cases(whole, config)
     show(cases)
     write(cases, options.json)
 

@@ -27,6 +27,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "frozen_vectors": ("llm.item_vectors=collaborative",),
     "no_latest_items": ("llm.recency=false",),
     "no_history_blocks": ("history.num_blocks=0",),
+    "no_neighbors": ("retrieval.neighbors=0",),
     "no_contrastive_loss": ("diffusion.contrastive_weight=0",),
     "no_recommendation_loss": ("diffusion.recommendation_weight=0",),
     "popular_negatives": ("diffusion.contrastive_negatives=popularity",),

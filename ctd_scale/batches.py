@@ -189,11 +189,11 @@ class InteractionLog:
     def load(cls, folder: Path, catalogue: Catalogue | None = None) -> InteractionLog:
         """What `save` wrote; a `catalogue` that is given is not read again, which takes seconds a million items."""
         return cls(
-            offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
-            items=np.load(folder / "items.npy", mmap_mode="r"),
+            offsets=_mapped(folder / "offsets.npy"),
+            items=_mapped(folder / "items.npy"),
             user_ids=read_table(folder / "users.parquet")["user_id"].to_pylist(),
             catalogue=Catalogue.load(folder) if catalogue is None else catalogue,
-            times=np.load(times, mmap_mode="r") if (times := folder / "times.npy").exists() else None,
+            times=_mapped(times) if (times := folder / "times.npy").exists() else None,
             cuts=tuple(json.loads(cuts.read_text())) if (cuts := folder / "cuts.json").exists() else None,
             withheld=np.load(withheld) if (withheld := folder / "withheld.npy").exists() else None,
         )
@@ -213,8 +213,8 @@ class NodeArrays:
     @classmethod
     def load(cls, folder: Path) -> NodeArrays:
         return cls(
-            np.load(folder / "users.npy", mmap_mode="r"),
-            np.load(folder / "items.npy", mmap_mode="r"),
+            _mapped(folder / "users.npy"),
+            _mapped(folder / "items.npy"),
         )
 
 
@@ -259,9 +259,10 @@ class Preferences:
 class Ranking:
     """How candidates are scored, in units of a cosine; weights chosen on the validation split.
 
-    score = preference * cos(c, q) + graph * u . e / M + draws * g - error * (d - mean d), then the text factor
-    (1 + pi * match), with u what the graph says of the history and M the largest |e|,
-    g = tau * (log-sum-exp over draws of cos(y, q) / tau - log S), and d the denoiser's error.
+    score = preference * cos(c, q) + graph * u . e / M + neighbors * s + draws * g - error * (d - mean d), then the text
+    factor (1 + pi * match), with u what the graph says of the history and M the largest |e|, s how much the item is
+    chosen next to the history's, g = tau * (log-sum-exp over draws of cos(y, q) / tau - log S), and d the denoiser's
+    error.
     """
 
     preference: float
@@ -269,6 +270,12 @@ class Ranking:
     error: float
     pi: float = 0.0
     graph: float = 0.0
+    neighbors: float = 0.0
+
+    @property
+    def reads_histories(self) -> bool:
+        """Whether it weighs what a history says without the LLM."""
+        return bool(self.graph or self.neighbors)
 
 
 def save_rankings(rankings: dict[str, Ranking], folder: Path) -> None:
@@ -291,3 +298,8 @@ def write_table(table: pa.Table, path: Path) -> None:
 def read_table(path: Path) -> pa.Table:
     """Read what `write_table` wrote, checksums verified."""
     return pq.read_table(path, page_checksum_verification=True)
+
+
+def _mapped(file: Path) -> ndarray:
+    """An array that is read where it is looked at. As a plain one: numpy's memmap takes ten times as long to cut."""
+    return np.asarray(np.load(file, mmap_mode="r"))

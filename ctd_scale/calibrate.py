@@ -15,15 +15,9 @@ from scipy.special import log_softmax
 from ctd_scale import training
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import InteractionLog, Preferences, Ranking, Split, save_rankings
+from ctd_scale.candidates import Pool, RetrieveStep, fused_scores
 from ctd_scale.config import RunConfig
-from ctd_scale.recommender import (
-    Pool,
-    RetrieveStep,
-    excluded_items,
-    fused_scores,
-    load_density,
-    load_retrieve,
-)
+from ctd_scale.recommender import excluded_items, load_density, load_retrieve
 from ctd_scale.retrieval.hybrid import hybrid_scores
 from ctd_scale.terminal import console
 
@@ -31,11 +25,11 @@ NOTHING = Ranking(0.0, 0.0, 0.0)
 # What each kind of ranking weighs beside the preference.
 KINDS: dict[str, tuple[str, ...]] = {
     "preference": (),
-    "fused_graph": ("graph",),
+    "fused_graph": ("graph", "neighbors"),
     "fused_draws": ("draws",),
     "fused_error": ("error",),
     "fused_both": ("draws", "error"),
-    "fused_all": ("graph", "draws", "error"),
+    "fused_all": ("graph", "neighbors", "draws", "error"),
 }
 # On squared weights of terms at unit spread: it keeps them finite where a term always puts the withheld item first.
 RIDGE = 1e-4
@@ -103,8 +97,8 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
         save_rankings(rankings, folder)
     full = rankings["full_text"]
     console.print(
-        f"  ranking: preference + {full.graph:.3g} x graph + {full.draws:.3g} x draws - {full.error:.3g} x error, "
-        f"text factor {full.pi:g}",
+        f"  ranking: preference + {full.graph:.3g} x graph + {full.neighbors:.3g} x neighbors "
+        f"+ {full.draws:.3g} x draws - {full.error:.3g} x error, text factor {full.pi:g}",
         highlight=False,
     )
 
@@ -112,11 +106,13 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
 def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[str, Ranking], dict[str, float]]:
     """Every named ranking and its validation NDCG@10. The weights of a kind are fitted (`fitted_ranking`).
 
-    `full` weighs all that is known of a candidate: the preference, what the graph says of the
-    history, the draws and the denoiser's error; a term that says nothing new is fitted to zero and then costs nothing.
+    `full` weighs all that is known of a candidate: the preference, what the graph says of the history, what is chosen
+    next to its items, the draws and the denoiser's error; a term that says nothing new is fitted to zero and then costs
+    nothing.
     Where all of it together does not rank these users better than the preference alone, `full` is the preference.
     `full_text`, which is served, adds the text factor with the best NDCG@10, where that is more than noise.
     """
+    alone = ("graph", *(("neighbors",) if config.retrieval.neighbors else ()), "draws", "error")
     kinds = {name: fitted_ranking(pools, terms) for name, terms in KINDS.items()}
     # The fit is by likelihood, which also counts users whose item stays far from the first ten.
     full = max((kinds["preference"], kinds["fused_all"]), key=lambda each: pool_ndcg(pools, each))
@@ -124,7 +120,7 @@ def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[st
         (replace(full, pi=pi) for pi in config.evaluation.text_factors), key=lambda each: pool_ndcg(pools, each)
     )
     rankings = {
-        **{name: _only(name) for name in ("graph", "draws", "error")},
+        **{name: _only(name) for name in alone},
         **kinds,
         "full": full,
         "full_text": first_as_good(pools, [full, spoken]),

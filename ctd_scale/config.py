@@ -233,6 +233,9 @@ class RetrievalConfig(Section):
     exact_limit: Positive = Field(50_000, description="exact search up to this many items, where engine = auto")
     target_recall: Fraction = 0.95
     shards: Positive = Field(1, description="parts of the catalogue that are built one by one and searched together")
+    neighbors: Count = Field(
+        100, description="how many of the items that are chosen next to an item are kept of each; 0: none are counted"
+    )
     text_candidates: Positive = Field(20, description="size of the match set of a text")
 
 

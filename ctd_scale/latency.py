@@ -106,13 +106,14 @@ def grid(config: RunConfig, ranking: Ranking, *, tunable: bool) -> list[Settings
     """The run's own settings first, then with halves and quarters of the draws and of the error's work, and, where the
     index is `tunable`, with less and more effort. What the ranking does not weigh stays as it is: it takes no time."""
     own, drawn = config.diffusion, bool(ranking.draws or ranking.error)
+    pooled = drawn or ranking.reads_histories
     found = []
     for effort, draws, errors in product(EFFORTS if tunable else EFFORTS[:1], SCALES, SCALES):
         found.append(
             Settings(
                 num_draws=_scaled(own.num_draws, draws if drawn else 1),
                 sampling_steps=_scaled(own.sampling_steps, draws if drawn and own.sampler != "distilled" else 1),
-                error_candidates=_scaled(own.error_candidates, errors if drawn or ranking.graph else 1, least=K),
+                error_candidates=_scaled(own.error_candidates, errors if pooled else 1, least=K),
                 error_evaluations=_scaled(own.error_evaluations, errors if ranking.error else 1),
                 effort=effort,
             )

@@ -101,6 +101,7 @@ def _index(run: Run, config: RunConfig, config_hash: str) -> None:
     from ctd_scale.graph.train import DEGREES
     from ctd_scale.llm.weights import load_vectors
     from ctd_scale.retrieval.build import build_graph_index, build_index
+    from ctd_scale.retrieval.neighbors import count_neighbors
 
     interactions, llm = run.fetch("interactions"), run.fetch("models/llm")
     preferences, graph = run.fetch("preferences"), run.fetch("graph")
@@ -120,7 +121,8 @@ def _index(run: Run, config: RunConfig, config_hash: str) -> None:
     with run.publish("index", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         facts |= build_index(load_vectors(llm.path), log.catalogue, settings, folder, seed, asked.vectors, degrees)
         for split, (items, by_then) in known.items():
-            facts |= build_graph_index(items, by_then, settings, folder, seed, histories, split)
+            near = count_neighbors(log, split, settings.neighbors) if settings.neighbors else None
+            facts |= build_graph_index(items, by_then, settings, folder, seed, histories, split, near)
 
 
 def _ranking(run: Run, config: RunConfig, config_hash: str) -> None:

@@ -28,7 +28,7 @@ from ctd_scale.terminal import console
 from ctd_scale.tokenizer.plan import plan_tokenizer
 
 # Models that an evaluation ranks with, all over the whole catalogue.
-RANKINGS = 13
+RANKINGS = 14
 
 
 def plan_run(run: Run, config: RunConfig, stages: str = "all") -> list[Estimate]:
@@ -65,7 +65,7 @@ def plan_run(run: Run, config: RunConfig, stages: str = "all") -> list[Estimate]
         llm,
         preferences,
         plan_diffusion(prefixes, log.num_items, dim, config.diffusion),
-        plan_index(log.num_items, dim, config.graph.embed_dim, config.retrieval, config.seed),
+        plan_index(log, dim, config.graph.embed_dim, config.retrieval, config.seed),
         *_plan_ranking(log, config, dim),
     ]
 

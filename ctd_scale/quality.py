@@ -32,7 +32,7 @@ from ctd_scale.terminal import console
 
 # Of the chain; `full_text` only where texts are generated.
 CHAIN = (
-    *("single_draw", "draws", "error", "graph", "preference"),
+    *("single_draw", "draws", "error", "graph", "neighbors", "preference"),
     *("fused_graph", "fused_draws", "fused_error", "fused_both", "fused_all", "full", "full_text"),
 )
 # The preferences of two seeds, averaged: what is gained by a second model that is no denoiser.

@@ -17,16 +17,26 @@ from ctd_scale.terminal import console
 
 PROTOCOL = ("dataset", "splitting", "mask_seen")
 SHOWN = ("hr@10", "ndcg@10", "mrr", "coverage@10")
-SAME = (*PROTOCOL, "model", "split")
 
 
 def merged(file: Path, rows: Sequence[dict[str, Any]], command: str) -> list[dict[str, Any]]:
-    """Rows of the file with these in the place of those that they replace; each carries where it was measured."""
+    """Rows of the file with these in the place of those that they replace; each carries where it was measured. How far
+    a row that stays is from one that has changed is not known any more."""
     about = {"machine": machine(), "versions": versions(), "command": command}
     old = json.loads(file.read_text()) if file.exists() else []
     new = [{**row, **about} for row in rows]
-    replaced = {tuple(row[key] for key in SAME) for row in new}
-    return [*(row for row in old if tuple(row[key] for key in SAME) not in replaced), *new]
+    replaced, before = (
+        {_place(row, row["model"]): [row["mean"].get(name) for name in METRICS] for row in some} for some in (new, old)
+    )
+    changed = {place for place, mean in replaced.items() if before.get(place) not in (None, mean)}
+    kept = [row for row in old if _place(row, row["model"]) not in replaced]
+    unknown = {"difference": None, "interval": None}
+    return [*(row | unknown if _place(row, row["reference"]) in changed else row for row in kept), *new]
+
+
+def _place(row: dict[str, Any], model: str) -> tuple[Any, ...]:
+    """The row of this model under the protocol of another."""
+    return (*(row[key] for key in PROTOCOL), model, row["split"])
 
 
 def write_quality(rows: Sequence[dict[str, Any]], target: Path, command: str, title: str = "Quality") -> None:
@@ -146,13 +156,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         + (f" ± {row['spread'][name]:.4f}" if several and row["spread"].get(name) is not None else "")
         for name in METRICS
     ]
-    low, high = row["interval"]
-    against = (
-        ""
-        if row["model"] == row["reference"]
-        else f"{row['reference']} {row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
-    )
     cost = ["" if row[key] is None else f"{row[key]:,.0f}" for key in ("training_seconds", "peak_memory_mb")]
-    shown = "" if row["model"] == row["reference"] else against
+    shown = ""
+    if row["model"] != row["reference"] and row["interval"] is not None:
+        low, high = row["interval"]
+        shown = f"{row['reference']} {row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
     seconds = row["mean"]["seconds"]
     return [row["model"], str(len(row["seeds"])), *values, *cost, "" if seconds is None else f"{seconds:.1f}", shown]

@@ -1,9 +1,10 @@
 """Write and read the `index` artifact.
 
 `vectors.npy` (unit length) and `text/`; `cold/`, which places items by their words; `graph/` with `sources.npy`, the
-lifted `vectors.npy` and, where some items have no interaction, `connected.npy`: those that have, both as the graph is
-known when `validation/` is asked for and when `test/` is, which is served; and beside all vectors `scann/` or `faiss/`
-for large catalogues (with several shards `scann/0`, `scann/1`, ...).
+lifted `vectors.npy`, `neighbor_*.npy` (what is chosen next to each item) and, where some items have no interaction,
+`connected.npy`: those that have, all as the graph is known when `validation/` is asked for and when `test/` is, which
+is served; and beside all vectors `scann/` or `faiss/` for large catalogues (with several shards `scann/0`, `scann/1`,
+...).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ctd_scale.retrieval.collaborative import CollaborativeRetriever, graph_sour
 from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
 from ctd_scale.retrieval.faiss_index import FaissIndex
 from ctd_scale.retrieval.hybrid import HybridRetriever
+from ctd_scale.retrieval.neighbors import ItemNeighbors
 from ctd_scale.retrieval.scann_index import ScannIndex
 from ctd_scale.retrieval.segments import PartialIndex
 from ctd_scale.retrieval.text import TextIndex
@@ -88,6 +90,7 @@ def build_graph_index(
     seed: int,
     histories: Sequence[Int32[ndarray, "_"]],
     split: Split = "test",
+    neighbors: ItemNeighbors | None = None,
 ) -> dict[str, Any]:
     """Build what `load_graph_index` reads for the split into the same `folder`; an engine is calibrated on `histories`.
 
@@ -103,6 +106,8 @@ def build_graph_index(
     embeddings = np.where(np.asarray(degrees)[:, None] > 0, embeddings, np.float32(0))
     sources = graph_sources(embeddings, degrees)
     np.save(target / SOURCES, sources)
+    if neighbors is not None:
+        neighbors.save(target)
     queries = read_histories(sources, histories) if len(histories) else None
     some = connected if len(connected) < len(embeddings) else None
     engine, recall = _build_dense(lift(embeddings), config, target, seed, queries, some)
@@ -137,7 +142,8 @@ def load_graph_index(folder: Path, split: Split = "test") -> CollaborativeRetrie
     if not (source / SOURCES).is_file():
         raise ValueError(f"{folder} holds no {GRAPH}/{split}: it was built by an older version; rerun build_index")
     sources = np.load(source / SOURCES, mmap_mode="r")
-    return CollaborativeRetriever(sources, HybridRetriever(*_load_dense(source), text=None, pi=0.0))
+    retriever = HybridRetriever(*_load_dense(source), text=None, pi=0.0)
+    return CollaborativeRetriever(sources, retriever, ItemNeighbors.load(source))
 
 
 def _build_dense(

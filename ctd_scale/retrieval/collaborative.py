@@ -15,14 +15,17 @@ from jaxtyping import Float32, Int32, Integer
 from numpy import ndarray
 
 from ctd_scale.retrieval.hybrid import HybridRetriever
+from ctd_scale.retrieval.neighbors import ItemNeighbors
 
 
 @dataclass(frozen=True)
 class CollaborativeRetriever:
-    """`sources` are `e_i / sqrt(d_i)`; `retriever` searches the lifted embeddings [items, embed_dim + 1]."""
+    """`sources` are `e_i / sqrt(d_i)`; `retriever` searches the lifted embeddings [items, embed_dim + 1]; `neighbors`,
+    where they were counted, are what is chosen next to each item."""
 
     sources: Float32[ndarray, "items embed_dim"]
     retriever: HybridRetriever
+    neighbors: ItemNeighbors | None = None
 
     def queries(self, histories: Sequence[Int32[ndarray, "_"]]) -> Float32[ndarray, "batch lifted"]:
         """Each history as a unit vector of the lifted space; repeats count once, as in the graph."""

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ctd_scale.batches import SPLITS, Catalogue
+from ctd_scale.batches import SPLITS, Catalogue, InteractionLog
 from ctd_scale.config import RetrievalConfig
 from ctd_scale.estimates import Estimate
 from ctd_scale.retrieval.build import build_graph_index, build_index
+from ctd_scale.retrieval.neighbors import WINDOW, count_neighbors
 
-SAMPLED_ITEMS = 20_000
+SAMPLED_ITEMS, SAMPLED_INTERACTIONS = 20_000, 300_000
+# Of `count_neighbors`: each interaction, and each neighbour that is kept; on disk the latter's id and weight.
+INTERACTION_BYTES, NEIGHBOR_BYTES, STORED_BYTES = 32, 24, 8
 
 
-def plan_index(items: int, cond_dim: int, embed_dim: int, config: RetrievalConfig, seed: int) -> Estimate:
-    """Random vectors and titles; ScaNN where the whole catalogue will have it."""
+def plan_index(log: InteractionLog, cond_dim: int, embed_dim: int, config: RetrievalConfig, seed: int) -> Estimate:
+    """Random vectors, titles and sequences; ScaNN where the whole catalogue will have it."""
+    items = log.num_items
     sampled = min(items, SAMPLED_ITEMS)
     random = np.random.default_rng(seed)
     words = [f"{first}ing {second}" for first, second in random.integers(0, 2000, (sampled, 2))]
@@ -32,10 +36,31 @@ def plan_index(items: int, cond_dim: int, embed_dim: int, config: RetrievalConfi
         elapsed = time.perf_counter() - started
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     share = items / sampled
+    counting, kept = 0.0, min(items * config.neighbors, 2 * WINDOW * len(log.items))
+    if config.neighbors:
+        counting = len(SPLITS) * len(log.items) * _seconds_per_interaction(log, config.neighbors, seed)
     return Estimate(
         "build_index",
-        elapsed * share,
-        2.0 * size * share,
-        size * share,
-        f"{facts['engine']}; {elapsed:.1f} s for {sampled:,} items",
+        elapsed * share + counting,
+        max(2.0 * size * share, float(INTERACTION_BYTES * len(log.items) + NEIGHBOR_BYTES * kept)),
+        size * share + float(len(SPLITS) * STORED_BYTES * kept),
+        f"{facts['engine']}; {elapsed:.1f} s for {sampled:,} items, {counting:.0f} s to count neighbours",
     )
+
+
+def _seconds_per_interaction(log: InteractionLog, neighbors: int, seed: int) -> float:
+    """Of counting neighbours, for some users who chose as many items as these on average, and items as usual."""
+    length = max(1, round(len(log.items) / max(1, log.num_users)))
+    users = max(1, min(len(log.items), SAMPLED_INTERACTIONS) // length)
+    items = max(1, min(log.num_items, log.num_items * users * length // max(1, len(log.items))))
+    random, names = np.random.default_rng(seed), [""] * items
+    sequences = InteractionLog(
+        np.arange(users + 1, dtype=np.int64) * length,
+        random.integers(0, items, users * length).astype(np.int32),
+        [""] * users,
+        Catalogue(names, names, names),
+    )
+    count_neighbors(sequences, "test", neighbors)  # what is compiled is compiled
+    started = time.perf_counter()
+    count_neighbors(sequences, "test", neighbors)
+    return (time.perf_counter() - started) / (users * length)

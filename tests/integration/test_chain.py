@@ -28,6 +28,7 @@ from ctd_scale.ranking import load_ranks
 from ctd_scale.recommender import load_density, load_retrieve
 from ctd_scale.retrieval.build import load_graph_index
 from ctd_scale.retrieval.collaborative import graph_sources
+from ctd_scale.retrieval.neighbors import count_neighbors
 
 pytestmark = pytest.mark.slow
 
@@ -134,9 +135,12 @@ def test_no_target_is_in_the_graph_that_is_asked_for_it(chains: Path) -> None:
         found = load_graph_index(run.fetch("index").path, split)
         known = np.flatnonzero(degrees)
         np.testing.assert_allclose(found.sources[known], expected[known], rtol=1e-6)
+        assert found.neighbors is not None
+        counted = count_neighbors(log, split, run.read_config().retrieval.neighbors)
+        np.testing.assert_array_equal(found.neighbors.weights.toarray(), counted.weights.toarray())
     calibrated = manifest(chains / "whole", "ranking")["facts"]["validation_ndcg@10"]  # type: ignore[index]
     ranked = {row["model"]: row["ndcg@10"] for row in rows(chains / "whole") if row["split"] == "validation"}
-    for name in ("fused_graph", "fused_all", "graph"):
+    for name in ("fused_graph", "fused_all", "graph", "neighbors"):
         assert calibrated[name] == pytest.approx(ranked[name], abs=2e-3)
 
 

@@ -25,6 +25,7 @@ from ctd_scale.llm.model import build_preference_lm
 from ctd_scale.llm.prompts import INSTRUCTION, answer_text
 from ctd_scale.llm.weights import BACKBONE, export_model, load_vectors
 from ctd_scale.retrieval.build import build_graph_index, build_index
+from ctd_scale.retrieval.neighbors import count_neighbors
 
 USERS, ITEMS, WAYS, TOKEN_DIM, COND_DIM = 60, 40, 2, 32, 16
 LOST_USER = "nobody"  # in the log, without a single interaction
@@ -80,11 +81,12 @@ def make_tiny_run(folder: Path, seed: int = 0) -> Run:
         trained = degrees["validation"]
         build_index(vectors, log.catalogue, config.retrieval, target, config.seed, degrees=trained)
         for split, known in degrees.items():
-            build_graph_index(items, known, config.retrieval, target, config.seed, [], split)
+            near = count_neighbors(log, split, config.retrieval.neighbors)
+            build_graph_index(items, known, config.retrieval, target, config.seed, [], split, near)
     digests["index"] = run.fetch("index").digest
 
     with publish("ranking", "interactions", "models/llm", "models/diffusion", "index") as target:
-        full = Ranking(preference=1.0, draws=0.5, error=0.25, graph=0.5)
+        full = Ranking(preference=1.0, draws=0.5, error=0.25, graph=0.5, neighbors=0.5)
         save_rankings({"full": full, "full_text": replace(full, pi=0.1)}, target)
     return run
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from ctd_scale.batches import Catalogue, Ranking
+from ctd_scale.candidates import Pool, RetrieveStep
 from ctd_scale.config import load_config
-from ctd_scale.recommender import Pool, RetrieveStep
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever, lift
 from ctd_scale.retrieval.dense import ExactIndex, unit_vectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
+from ctd_scale.retrieval.neighbors import ItemNeighbors
 from ctd_scale.retrieval.text import TextIndex
 
 ITEMS, DIM, USERS, DRAWS = 60, 6, 4, 3
@@ -18,7 +20,8 @@ RANKINGS = [
     Ranking(0.0, 1.0, 0.0),
     Ranking(0.0, 0.0, 1.0),
     Ranking(0.0, 0.0, 0.0, graph=1.0),
-    Ranking(1.0, 0.5, 0.75, pi=0.2, graph=0.6),
+    Ranking(0.0, 0.0, 0.0, neighbors=1.0),
+    Ranking(1.0, 0.5, 0.75, pi=0.2, graph=0.6, neighbors=0.4),
 ]
 NAMES = [f"Word{item} Thing" for item in range(ITEMS)]
 
@@ -38,7 +41,10 @@ def step(seed: int = 0, candidates: int = 9, text: bool = True) -> RetrieveStep:
 def graph(seed: int) -> CollaborativeRetriever:
     embeddings = np.random.default_rng((seed, 4)).standard_normal((ITEMS, DIM - 1)).astype(np.float32)
     lifted = lift(embeddings)
-    return CollaborativeRetriever(embeddings, HybridRetriever(lifted, ExactIndex(lifted), None, pi=0.0))
+    retriever = HybridRetriever(lifted, ExactIndex(lifted), None, pi=0.0)
+    random = np.random.default_rng((seed, 6))
+    weights = random.random((ITEMS, ITEMS)) * (random.random((ITEMS, ITEMS)) < 0.2)
+    return CollaborativeRetriever(embeddings, retriever, ItemNeighbors(csr_matrix(weights.astype(np.float32))))
 
 
 def histories(seed: int) -> list[np.ndarray]:

@@ -12,9 +12,9 @@ from small_pools import RANKINGS, USERS, errors_of, pool_of, step, users
 
 from ctd_scale.batches import Ranking
 from ctd_scale.calibrate import ScoredPool, choose_rankings, first_as_good, fitted_ranking, pool_gains, pool_ndcg
+from ctd_scale.candidates import fused_scores
 from ctd_scale.config import RunConfig
 from ctd_scale.metrics import ranks_in_lists
-from ctd_scale.recommender import fused_scores
 
 
 def scored(seed: int, texts: list[str], targets: list[int]) -> ScoredPool:
@@ -57,6 +57,7 @@ def known_pools(kind: str) -> list[ScoredPool]:
         terms = {
             "preference": each.pool.cosines,
             "graph": each.pool.graph_scores,
+            "neighbors": each.pool.neighbor_scores,
             "draws": each.pool.draw_scores,
             "error": -each.errors,
         }
@@ -74,10 +75,11 @@ def test_what_one_term_alone_knows_is_found() -> None:
     assert ndcg["full"] > ndcg["fused_draws"] >= ndcg["preference"]
     rankings, ndcg = choose_rankings(known_pools("draws"), RunConfig())
     assert ndcg["full"] > 0.95
-    rankings, ndcg = choose_rankings(known_pools("graph"), RunConfig())
-    assert ndcg["graph"] == 1
-    assert ndcg["full"] > 0.95
-    assert rankings["full"] == rankings["fused_all"]
+    for term in ("graph", "neighbors"):
+        rankings, ndcg = choose_rankings(known_pools(term), RunConfig())
+        assert ndcg[term] == 1
+        assert ndcg["full"] > 0.95
+        assert rankings["full"] == rankings["fused_all"]
     rankings, ndcg = choose_rankings(known_pools("preference"), RunConfig())
     assert ndcg["preference"] == 1
     assert rankings["full"].draws < 0.05 > rankings["full"].error, "the preference says it all"
@@ -108,10 +110,11 @@ def log_probability(pools: list[ScoredPool], ranking: Ranking) -> float:
 
 
 def test_the_fit_finds_the_weights_by_which_items_were_drawn() -> None:
-    wanted = Ranking(1.0, 0.6, 0.8, graph=0.5)
-    found = fitted_ranking(drawn_pools(wanted, 8.0, 300), ("graph", "draws", "error"))
+    wanted = Ranking(1.0, 0.6, 0.8, graph=0.5, neighbors=0.7)
+    found = fitted_ranking(drawn_pools(wanted, 8.0, 300), ("graph", "neighbors", "draws", "error"))
     assert (found.preference, found.pi) == (1.0, 0.0)
     assert (found.graph, found.draws, found.error) == pytest.approx((0.5, 0.6, 0.8), rel=0.25)
+    assert found.neighbors == pytest.approx(0.7, rel=0.25)
 
 
 def test_no_other_weights_make_the_withheld_items_more_probable() -> None:

@@ -92,6 +92,28 @@ def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(tmp_path: Path) 
     assert text == markdown(stored, "quality.png")
 
 
+def test_how_far_a_row_is_from_one_that_has_changed_is_not_known_any_more(tmp_path: Path) -> None:
+    target = tmp_path / "quality.md"
+
+    def differences() -> dict[tuple[str, bool], float | None]:
+        stored = json.loads(target.with_suffix(".json").read_text())
+        return {(each["model"], each["mask_seen"]): each["difference"] for each in stored}
+
+    kept = row("bsarec", 0.06, mask_seen=False)
+    write_quality([row("sasrec", 0.05), row("bsarec", 0.06), kept], target, "first")
+    slower = {**row("sasrec", 0.05)["mean"], "seconds": 99.0}
+    write_quality([row("sasrec", 0.05, mean=slower)], target, "the same ranks")
+    assert differences()["bsarec", True] == pytest.approx(0.01)
+    write_quality([row("sasrec", 0.04)], target, "another training")
+    assert differences() == {
+        ("sasrec", True): pytest.approx(-0.01),
+        ("bsarec", True): None,
+        ("bsarec", False): pytest.approx(0.01),
+    }
+    lines = [line for line in target.read_text().splitlines() if line.startswith("| bsarec |")]
+    assert ["sasrec +" in line for line in lines] == [False, True], "masked, kept"
+
+
 def test_the_best_come_first_and_an_ablation_beside_its_model() -> None:
     given = [("draws", 0.1), ("less: full", 0.3), ("full", 0.2), ("less: draws", 0.25), ("more: full", 0.1)]
     rows = [row(model, ndcg, machine="m", versions={"a": "1"}, command="c") for model, ndcg in given]

@@ -13,13 +13,8 @@ from hypothesis.extra.numpy import arrays
 from small_pools import DRAWS, ITEMS, RANKINGS, USERS, errors_of, histories, pool_of, step, users
 
 from ctd_scale.batches import Ranking
-from ctd_scale.recommender import (
-    _union,
-    answers,
-    density_of_draws,
-    excluded_items,
-    fused_scores,
-)
+from ctd_scale.candidates import RetrieveStep, _union, density_of_draws, fused_scores
+from ctd_scale.recommender import answers, excluded_items
 from ctd_scale.retrieval.boosts import Boosts
 
 # -- parts ---------------------------------------------------------------------------------------------------
@@ -66,11 +61,18 @@ def test_padding_has_no_density() -> None:
     assert density_of_draws(np.full((1, 7, 1), 0.25, dtype=np.float32), 0.1).item() == pytest.approx(0.25)
 
 
+def said_after(retrieve: RetrieveStep, seed: int) -> np.ndarray:
+    """What is chosen next to the items of each history, of every item."""
+    neighbors = retrieve.graph.neighbors
+    assert neighbors is not None
+    return neighbors.after(histories(seed)).toarray()
+
+
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_fused_scores_by_hand(ranking: Ranking) -> None:
     preferences, draws, _ = users(0)
     pool = pool_of(step(), 0, ["", "Word3 word7", "", "word20"])
-    errors, reading = errors_of(pool, 0), step().graph.queries(histories(0))
+    errors, reading, said = errors_of(pool, 0), step().graph.queries(histories(0)), said_after(step(), 0)
     scores = fused_scores(pool, errors, ranking)
     assert (pool.ids < 0).any(), "the pools must differ in size"
     for user in range(USERS):
@@ -86,6 +88,7 @@ def test_fused_scores_by_hand(ranking: Ranking) -> None:
             expected = (
                 ranking.preference * float(preferences[user] @ vector)
                 + ranking.graph * float(reading[user] @ step().graph.retriever.vectors[item])
+                + ranking.neighbors * said[user, item]
                 + ranking.draws * density
                 - ranking.error * (float(errors[user, place]) - mean)
             )
@@ -110,11 +113,11 @@ def test_excluded_items_and_answers() -> None:
 # -- pool ----------------------------------------------------------------------------------------------------
 
 
-def test_a_pool_holds_the_neighbours_of_preference_and_draws_and_the_matches() -> None:
+def test_a_pool_holds_the_neighbours_of_preference_draws_and_history_and_the_matches() -> None:
     retrieve = step(candidates=9)
     preferences, draws, excluded = users(1)
     pool = pool_of(retrieve, 1, ["", "word3", "", "word20 word21"])
-    readings = retrieve.graph.queries(histories(1))
+    readings, said = retrieve.graph.queries(histories(1)), said_after(retrieve, 1)
     vectors = retrieve.retriever.vectors
     for user in range(USERS):
         allowed = np.setdiff1d(np.arange(ITEMS), excluded[user])
@@ -123,6 +126,8 @@ def test_a_pool_holds_the_neighbours_of_preference_and_draws_and_the_matches() -
             expected |= set(allowed[np.argsort(-(vectors[allowed] @ draw))[: 9 // DRAWS]].tolist())
         near = retrieve.graph.retriever.vectors[allowed] @ readings[user]
         expected |= set(allowed[np.argsort(-near)[:9]].tolist())
+        named = allowed[said[user, allowed] > 0]
+        expected |= set(named[np.argsort(-said[user, named])[:9]].tolist())
         expected |= set(pool.matches[user].tolist()) - set(excluded[user].tolist())
         assert pool.ids[user][pool.ids[user] >= 0].tolist() == sorted(expected)
         real = pool.ids[user] >= 0
