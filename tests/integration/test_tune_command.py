@@ -108,7 +108,7 @@ def test_the_settings_that_learn_are_found_and_can_be_used(
     assert other["stopped_early"]
     assert len(other["validated"]) == LEAST
     assert best["validated"][: len(before)] == pytest.approx(list(before.values()), abs=1e-6)
-    assert first.out.count("after validation") == 4 + 1, "each validation is said once"
+    assert first.out.count("after validation") == 4 + LEAST, "each validation is said once"
     assert not list(folder.parent.glob("*/runs")), "models of trials are not kept"
 
     # The same settings, trained by themselves, reach what the trial said.
