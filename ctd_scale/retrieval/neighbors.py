@@ -104,7 +104,7 @@ def scores_of(said: csr_matrix, ids: Int32[ndarray, "batch pool"]) -> Float32[nd
 def count_neighbors(log: InteractionLog, split: Split, count: int) -> ItemNeighbors:
     """The `count` nearest of each item by what is known when the split is asked for.
 
-    Memory: 16 bytes an interaction, and 12 for each neighbour that is kept; time in proportion to the interactions.
+    Memory: at most 32 bytes an interaction and 24 for each neighbour that is kept; time in proportion to the former.
     """
     lengths = np.asarray(log.known_lengths(split), np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
