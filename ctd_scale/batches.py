@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64, Integer
 from numpy import ndarray
 
 Split = Literal["validation", "test"]
@@ -143,6 +143,13 @@ class InteractionLog:
         if self.cuts is None:
             return np.maximum(self._places["test"], self.train_lengths())
         return self._older_than(self.cuts[1])
+
+    def lengths_known_beside(self, users: Integer[ndarray, "some"]) -> Int64[ndarray, "users"]:
+        """How many interactions of each user are known where, in leave-one-out, the validation targets of these `users`
+        alone are asked for: of them the training ones, of all others those that are known at test."""
+        lengths = self.known_lengths("test").copy()
+        lengths[users] = self.train_lengths()[users]
+        return lengths
 
     def known_edges(self, split: Split) -> tuple[Int32[ndarray, "interactions"], Int32[ndarray, "interactions"]]:
         """(user_index, item_index) of every interaction that is known by then, in log order."""

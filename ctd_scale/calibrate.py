@@ -19,6 +19,7 @@ from ctd_scale.candidates import Pool, RetrieveStep, fused_scores
 from ctd_scale.config import RunConfig
 from ctd_scale.recommender import excluded_items, load_density, load_retrieve
 from ctd_scale.retrieval.hybrid import hybrid_scores
+from ctd_scale.retrieval.neighbors import count_neighbors
 from ctd_scale.terminal import console
 
 NOTHING = Ranking(0.0, 0.0, 0.0)
@@ -33,6 +34,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 # On squared weights of terms at unit spread: it keeps them finite where a term always puts the withheld item first.
 RIDGE = 1e-4
+# At most one of so many validation interactions is unknown at a time while weights are fitted.
+PARTS = 10
 INPUTS = ("interactions", "models/llm", "preferences", "models/diffusion", "index")
 
 
@@ -70,6 +73,38 @@ def scored_pools(
         yield ScoredPool(pool, errors, draws, users, preferences.targets[rows], texts)
 
 
+def calibration_parts(log: InteractionLog, preferences: Preferences, config: RunConfig) -> list[Preferences]:
+    """Some users, or all, in parts whose validation interactions are unknown at the same time."""
+    random, limit = np.random.default_rng((config.seed, 30)), config.evaluation.calibration_users
+    chosen = random.permutation(len(preferences))[:limit]
+    number = 1
+    if knows_validation(log, config) and config.retrieval.neighbors:
+        number = max(1, -(-PARTS * len(chosen) // len(log.split_users("validation"))))
+    return [_some(preferences, np.sort(rows)) for rows in np.array_split(chosen, number)]
+
+
+def calibration_pools(
+    log: InteractionLog, parts: Sequence[Preferences], density: Any, retrieve: RetrieveStep, config: RunConfig
+) -> Iterator[ScoredPool]:
+    """Pools of the validation users of all parts, for which as much is known as for those of test.
+
+    What is chosen next to an item is counted from the log. At test it knows what all others chose for validation; with
+    weights of less than that it would weigh too little. So it is counted anew for each part, without what its users
+    chose.
+    """
+    chunk, mask_seen = config.evaluation.chunk_users, config.evaluation.mask_seen
+    for part in parts:
+        if knows_validation(log, config) and retrieve.graph.neighbors is not None:
+            near = count_neighbors(log, log.lengths_known_beside(part.users), config.retrieval.neighbors)
+            retrieve = retrieve.over(retrieve.retriever, replace(retrieve.graph, neighbors=near))
+        yield from scored_pools(log, part, "validation", density, retrieve, mask_seen=mask_seen, chunk=chunk)
+
+
+def knows_validation(log: InteractionLog, config: RunConfig) -> bool:
+    """Whether more is known of others at test than on validation: not where both are asked for at one time for all."""
+    return config.evaluation.know_validation and log.cuts is None
+
+
 def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
     """interactions, preferences, models, index -> ranking (named weights, fitted on validation)."""
     artifacts = {name: run.fetch(name) for name in INPUTS}
@@ -77,22 +112,16 @@ def calibrate_ranking(run: Run, config: RunConfig, config_hash: str) -> None:
         run.require_made_from(artifact, *(other for other in artifacts.values() if other is not artifact))
     log = InteractionLog.load(artifacts["interactions"].path)
     preferences = Preferences.load(artifacts["preferences"].path, "validation")
-    preferences = _sample(preferences, config.evaluation.calibration_users, config.seed)
-    chunk = config.evaluation.chunk_users
-    scored = scored_pools(
-        log,
-        preferences,
-        "validation",
-        load_density(artifacts, config),
-        load_retrieve(artifacts, config, "validation"),
-        mask_seen=config.evaluation.mask_seen,
-        chunk=chunk,
+    parts = calibration_parts(log, preferences, config)
+    scored = calibration_pools(
+        log, parts, load_density(artifacts, config), load_retrieve(artifacts, config, "validation"), config
     )
     logs = run.root / "logs" / "calibrate_ranking"
-    pools = list(training.shown_steps(scored, -(-len(preferences) // chunk), "calibrate_ranking", logs))
+    steps = sum(-(-len(part) // config.evaluation.chunk_users) for part in parts)
+    pools = list(training.shown_steps(scored, steps, "calibrate_ranking", logs))
     rankings, ndcg = choose_rankings(pools, config)
     inputs = {artifact.name: artifact.digest for artifact in artifacts.values()}
-    facts = {"validation_ndcg@10": ndcg, "users": len(preferences)}
+    facts = {"validation_ndcg@10": ndcg, "users": sum(map(len, parts))}
     with run.publish("ranking", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         save_rankings(rankings, folder)
     full = rankings["full_text"]
@@ -214,10 +243,7 @@ def _matched(pool: Pool) -> ndarray:
     return np.stack([np.isin(ids, match) for ids, match in zip(pool.ids, pool.matches, strict=True)])
 
 
-def _sample(preferences: Preferences, limit: int, seed: int) -> Preferences:
-    if len(preferences) <= limit:
-        return preferences
-    rows = np.sort(np.random.default_rng((seed, 30)).choice(len(preferences), limit, replace=False))
+def _some(preferences: Preferences, rows: ndarray) -> Preferences:
     return Preferences(
         preferences.users[rows],
         preferences.targets[rows],

@@ -244,6 +244,11 @@ class EvaluationConfig(Section):
 
     mask_seen: bool = True
     report_unmasked: bool = Field(False, description="also write the table with seen items kept")
+    know_validation: bool = Field(
+        True,
+        description="at test the graph and what is counted (neighbours, popularity, item-kNN) know what others chose "
+        "for validation, as what is served does",
+    )
     chunk_users: Positive = 256
     calibration_users: Positive = Field(5000, description="validation users that choose the fusion weights")
     text_factors: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (0.0, 0.02, 0.05, 0.1, 0.2)

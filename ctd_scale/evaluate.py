@@ -82,9 +82,10 @@ def make_report(
 def protocol_of(interactions: Artifact, config: RunConfig, mask_seen: bool) -> dict[str, Any]:
     """How the figures were made."""
     log = InteractionLog.load(interactions.path)
+    known = "" if config.evaluation.know_validation else ", only training known"
     return {
         "dataset": interactions.manifest["facts"].get("dataset", config.interactions.dataset),
-        "split": f"{SPLITTING[log.cuts is not None]}; full catalogue ranking; weights from validation",
+        "split": f"{SPLITTING[log.cuts is not None]}{known}; full catalogue ranking; weights from validation",
         "users": len(log.split_users()),
         "items": log.num_items,
         "mask_seen": mask_seen,
@@ -103,8 +104,13 @@ def rank_all(
 def rank_baseline(name: str, run: Run, config: RunConfig, split: Split, mask_seen: bool) -> Ranks:
     """The same for one baseline that the run has."""
     log = InteractionLog.load(run.fetch("interactions").path)
-    scorer = SCORERS[name](run, config, split)
+    scorer = SCORERS[name](run, config, known_by(split, config))
     return rank_targets(log, scorer, split, mask_seen=mask_seen, chunk_users=config.evaluation.chunk_users)
+
+
+def known_by(split: Split, config: RunConfig) -> Split:
+    """The split as of which the graph and what is counted are asked for this one's targets."""
+    return split if config.evaluation.know_validation else "validation"
 
 
 def _rank_chain(
@@ -114,7 +120,8 @@ def _rank_chain(
     log = InteractionLog.load(artifacts["interactions"].path)
     preferences = Preferences.load(artifacts["preferences"].path, split)
     rankings = load_rankings(artifacts["ranking"].path)
-    density, retrieve = load_density(dict(artifacts), config), load_retrieve(dict(artifacts), config, split)
+    density = load_density(dict(artifacts), config)
+    retrieve = load_retrieve(dict(artifacts), config, known_by(split, config))
     item_vectors = retrieve.retriever.vectors
     assert isinstance(item_vectors, ndarray), "the run's own index has not grown"
     spoken = any(preferences.texts)

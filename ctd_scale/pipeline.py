@@ -121,7 +121,7 @@ def _index(run: Run, config: RunConfig, config_hash: str) -> None:
     with run.publish("index", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         facts |= build_index(load_vectors(llm.path), log.catalogue, settings, folder, seed, asked.vectors, degrees)
         for split, (items, by_then) in known.items():
-            near = count_neighbors(log, split, settings.neighbors) if settings.neighbors else None
+            near = count_neighbors(log, log.known_lengths(split), settings.neighbors) if settings.neighbors else None
             facts |= build_graph_index(items, by_then, settings, folder, seed, histories, split, near)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from numpy import ndarray
 from scipy.sparse import csr_matrix
 
-from ctd_scale.batches import InteractionLog, Split
+from ctd_scale.batches import InteractionLog
 
 WINDOW, FADING, BACKWARDS = 10, 0.8, 0.5
 # How much less each earlier item of a history says, and how many of the latest are asked.
@@ -101,12 +101,11 @@ def scores_of(said: csr_matrix, ids: Int32[ndarray, "batch pool"]) -> Float32[nd
     return scores
 
 
-def count_neighbors(log: InteractionLog, split: Split, count: int) -> ItemNeighbors:
-    """The `count` nearest of each item by what is known when the split is asked for.
+def count_neighbors(log: InteractionLog, lengths: Int64[ndarray, "users"], count: int) -> ItemNeighbors:
+    """The `count` nearest of each item by the first `lengths` interactions of each user.
 
     Memory: at most 32 bytes an interaction and 24 for each neighbour that is kept; time in proportion to the former.
     """
-    lengths = np.asarray(log.known_lengths(split), np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     # The known sequences, end to end.
     items = np.asarray(log.items)[_places(log.offsets, lengths, starts)]

@@ -136,7 +136,7 @@ def test_no_target_is_in_the_graph_that_is_asked_for_it(chains: Path) -> None:
         known = np.flatnonzero(degrees)
         np.testing.assert_allclose(found.sources[known], expected[known], rtol=1e-6)
         assert found.neighbors is not None
-        counted = count_neighbors(log, split, run.read_config().retrieval.neighbors)
+        counted = count_neighbors(log, log.known_lengths(split), run.read_config().retrieval.neighbors)
         np.testing.assert_array_equal(found.neighbors.weights.toarray(), counted.weights.toarray())
     calibrated = manifest(chains / "whole", "ranking")["facts"]["validation_ndcg@10"]  # type: ignore[index]
     ranked = {row["model"]: row["ndcg@10"] for row in rows(chains / "whole") if row["split"] == "validation"}

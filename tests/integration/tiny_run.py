@@ -81,7 +81,7 @@ def make_tiny_run(folder: Path, seed: int = 0) -> Run:
         trained = degrees["validation"]
         build_index(vectors, log.catalogue, config.retrieval, target, config.seed, degrees=trained)
         for split, known in degrees.items():
-            near = count_neighbors(log, split, config.retrieval.neighbors)
+            near = count_neighbors(log, log.known_lengths(split), config.retrieval.neighbors)
             build_graph_index(items, known, config.retrieval, target, config.seed, [], split, near)
     digests["index"] = run.fetch("index").digest
 

@@ -8,13 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.special import log_softmax
-from small_pools import RANKINGS, USERS, errors_of, pool_of, step, users
+from small_pools import DIM, DRAWS, ITEMS, NAMES, RANKINGS, USERS, errors_of, pool_of, step, unit, users
 
-from ctd_scale.batches import Ranking
-from ctd_scale.calibrate import ScoredPool, choose_rankings, first_as_good, fitted_ranking, pool_gains, pool_ndcg
+from ctd_scale.batches import Catalogue, InteractionLog, Preferences, Ranking
+from ctd_scale.calibrate import (
+    ScoredPool,
+    calibration_parts,
+    calibration_pools,
+    choose_rankings,
+    first_as_good,
+    fitted_ranking,
+    pool_gains,
+    pool_ndcg,
+)
 from ctd_scale.candidates import fused_scores
-from ctd_scale.config import RunConfig
+from ctd_scale.config import RunConfig, load_config
 from ctd_scale.metrics import ranks_in_lists
+from ctd_scale.retrieval.neighbors import count_neighbors
 
 
 def scored(seed: int, texts: list[str], targets: list[int]) -> ScoredPool:
@@ -168,3 +178,76 @@ def test_what_does_not_rank_better_than_the_preference_is_not_served() -> None:
     assert rankings["fused_all"].graph > 0
     assert ndcg["fused_all"] < ndcg["preference"]
     assert rankings["full"] == rankings["full_text"] == rankings["preference"]
+
+
+SHARED, LONELY, EACH = 8, 5, 6  # pairs that several users choose, and that one does
+
+
+def paired_log(cuts: tuple[int, int] | None = None) -> InteractionLog:
+    """What a user chooses for validation follows from the item before it, and is nobody's training interaction."""
+    random = np.random.default_rng(0)
+    firsts = [*np.repeat(np.arange(SHARED), EACH).tolist(), *range(SHARED, SHARED + LONELY)]
+    sequences = [[50 + int(random.integers(10)), first, first + 20, int(random.integers(40, 50))] for first in firsts]
+    offsets = 4 * np.arange(len(firsts) + 1, dtype=np.int64)
+    catalogue = Catalogue([str(item) for item in range(ITEMS)], NAMES, [""] * ITEMS)
+    ids, times = [str(user) for user in range(len(firsts))], np.tile(np.arange(4, dtype=np.int64), len(firsts))
+    return InteractionLog(offsets, np.concatenate(sequences).astype(np.int32), ids, catalogue, times, cuts)
+
+
+def preferences_of(log: InteractionLog) -> Preferences:
+    users = log.split_users("validation")
+    vectors = unit(np.random.default_rng(1), len(users), DIM)
+    return Preferences(users.astype(np.int32), log.targets(users, "validation"), vectors, [""] * len(users))
+
+
+class Nothing:
+    """A denoiser that knows nothing."""
+
+    def latest(self, histories: Any, vectors: Any) -> None:
+        return None
+
+    def draws(self, preferences: np.ndarray, latest: None) -> np.ndarray:
+        return unit(np.random.default_rng(2), len(preferences), DRAWS, DIM)
+
+    def errors(self, preferences: np.ndarray, candidates: np.ndarray, latest: None) -> np.ndarray:
+        return np.zeros(candidates.shape[:2], np.float32)
+
+
+def pools_as_calibrated(log: InteractionLog, config: RunConfig) -> list[ScoredPool]:
+    retrieve, near = step(), count_neighbors(log, log.known_lengths("validation"), config.retrieval.neighbors)
+    retrieve = retrieve.over(retrieve.retriever, replace(retrieve.graph, neighbors=near))
+    return list(
+        calibration_pools(log, calibration_parts(log, preferences_of(log), config), Nothing(), retrieve, config)
+    )
+
+
+def test_weights_are_fitted_with_what_is_known_of_others_at_test_and_no_user_hears_of_its_own_target() -> None:
+    log = paired_log()
+    pools = pools_as_calibrated(log, RunConfig())
+    assert sorted(np.concatenate([each.users for each in pools]).tolist()) == list(range(log.num_users))
+    for each in pools:
+        said = np.where(each.pool.ids == each.targets[:, None], each.pool.neighbor_scores, 0).max(axis=1)
+        lonely = each.users >= SHARED * EACH
+        assert not said[lonely].any()
+        assert (said[~lonely] > 0).mean() > 0.9, "others chose the same"
+    assert fitted_ranking(pools, ("neighbors",)).neighbors > 1
+    for settings, other in (("evaluation.know_validation=false", log), ("seed=0", paired_log(cuts=(2, 3)))):
+        pools = pools_as_calibrated(other, load_config(overrides=[settings]))
+        assert fitted_ranking(pools, ("neighbors",)).neighbors < 0.1, "training alone never saw such a pair"
+
+
+def test_users_are_calibrated_in_parts_of_at_most_a_tenth_of_what_all_chose() -> None:
+    log = paired_log()
+    preferences, sizes = preferences_of(log), []
+    for settings in ("seed=0", "evaluation.calibration_users=12", "evaluation.calibration_users=5"):
+        config = load_config(overrides=[settings])
+        parts = calibration_parts(log, preferences, config)
+        chosen = np.concatenate([part.users for part in parts])
+        assert len(np.unique(chosen)) == len(chosen) == min(len(preferences), config.evaluation.calibration_users)
+        for part in parts:
+            assert part.targets.tolist() == log.targets(part.users.astype(np.int64), "validation").tolist()
+            np.testing.assert_array_equal(part.vectors, preferences.vectors[part.users])
+        sizes.append(len(parts))
+    assert sizes == [10, 3, 1]
+    for settings in ("evaluation.know_validation=false", "retrieval.neighbors=0"):
+        assert len(calibration_parts(log, preferences, load_config(overrides=[settings]))) == 1

@@ -78,6 +78,18 @@ def test_in_leave_one_out_all_but_the_test_target_is_known_by_then() -> None:
             assert log.history(user, name).tolist() == known[user]
 
 
+def test_of_some_users_the_validation_target_is_unknown_of_the_others_it_is_known() -> None:
+    log = random_log(None)
+    users = log.split_users("validation")
+    some = users[::3]
+    expected = {user: log.known_lengths("test")[user] for user in range(USERS)}
+    expected |= {user: len(log.history(user, "validation")) for user in some.tolist()}
+    before = log.known_lengths("test").tolist()
+    assert log.lengths_known_beside(some).tolist() == list(expected.values())
+    assert log.lengths_known_beside(users).tolist() == log.train_lengths().tolist()
+    assert log.known_lengths("test").tolist() == before, "it is not changed"
+
+
 @pytest.mark.parametrize("cuts", [None, (700, 850)])
 def test_of_some_users_nothing_is_withheld(cuts: tuple[int, int] | None) -> None:
     whole = random_log(cuts)

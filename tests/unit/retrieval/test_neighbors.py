@@ -42,6 +42,10 @@ def random_log(seed: int = 0, users: int = 40) -> InteractionLog:
     return log_of([random.integers(0, ITEMS - 1, random.integers(1, 30)).tolist() for _ in range(users)])
 
 
+def counted(log: InteractionLog, split: Split, count: int) -> ItemNeighbors:
+    return count_neighbors(log, log.known_lengths(split), count)
+
+
 def plain_weights(log: InteractionLog, split: Split) -> np.ndarray:
     """a_ij by the definition."""
     sums = np.zeros((ITEMS, ITEMS))
@@ -62,7 +66,7 @@ def plain_weights(log: InteractionLog, split: Split) -> np.ndarray:
 def test_the_largest_weights_are_kept(block: int, count: int, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors, "BLOCK", block)
     log = random_log()
-    found, expected = count_neighbors(log, split, count).weights, plain_weights(log, split)
+    found, expected = counted(log, split, count).weights, plain_weights(log, split)
     assert found.has_sorted_indices
     assert found.nnz > 0
     for row, values in zip(found.toarray(), expected, strict=True):
@@ -73,7 +77,7 @@ def test_the_largest_weights_are_kept(block: int, count: int, split: Split, monk
 
 def test_of_equal_neighbors_the_first_is_kept() -> None:
     log = log_of([[0, 5, 9], [0, 3, 9], [0, 8, 9]])  # by validation each user has one item before its target
-    weights = count_neighbors(log, "test", 2).weights
+    weights = counted(log, "test", 2).weights
     assert weights.indices[weights.indptr[0] : weights.indptr[1]].tolist() == [3, 5]
 
 
@@ -81,25 +85,25 @@ def test_what_always_follows_is_said_first_and_no_user_hears_of_its_target() -> 
     random = np.random.default_rng(3)
     pairs = {first: first + 12 for first in range(12)}
     sequences = [[item for first in random.permutation(12)[:6] for item in (first, pairs[first])] for _ in range(60)]
-    near = count_neighbors(log_of(sequences), "test", 10)
+    near = counted(log_of(sequences), "test", 10)
     said = near.after([np.array([first], np.int32) for first in pairs]).toarray()
     assert said.argmax(axis=1).tolist() == list(pairs.values())
     lonely = log_of([[0, 1, 2, 24], [3, 4, 5, 23]])  # the targets of test: nobody else has them
-    weights = count_neighbors(lonely, "test", 10).weights.toarray()
+    weights = counted(lonely, "test", 10).weights.toarray()
     assert not weights[:, 23:].any()
     assert not weights[23:].any()
-    validation = count_neighbors(lonely, "validation", 10).weights.toarray()
+    validation = counted(lonely, "validation", 10).weights.toarray()
     assert weights[1, 2] > 0 == validation[1, 2]
 
 
 def test_sequences_end_where_the_next_begins() -> None:
-    weights = count_neighbors(log_of([[0, 1, 7, 7], [2, 3, 7, 7]]), "validation", 10).weights.toarray()
+    weights = counted(log_of([[0, 1, 7, 7], [2, 3, 7, 7]]), "validation", 10).weights.toarray()
     assert weights[0, 1] > 0 < weights[2, 3]
     assert weights[1, 2] == weights[2, 1] == weights[0, 3] == 0
 
 
 def test_a_history_is_read_from_its_end() -> None:
-    near = count_neighbors(random_log(), "test", ITEMS)
+    near = counted(random_log(), "test", ITEMS)
     dense = near.weights.toarray().astype(np.float64)
     long = np.arange(RECENT + 5, dtype=np.int32) % 7
     histories = [np.array([3, 1, 3], np.int32), np.zeros(0, np.int32), np.array([ITEMS - 1], np.int32), long]
@@ -137,7 +141,7 @@ def test_candidates_and_scores_by_hand() -> None:
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert ItemNeighbors.load(tmp_path) is None
-    near = count_neighbors(random_log(), "validation", 5)
+    near = counted(random_log(), "validation", 5)
     near.save(tmp_path)
     loaded = ItemNeighbors.load(tmp_path)
     assert loaded is not None
