@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,8 +35,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 # On squared weights of terms at unit spread: it keeps them finite where a term always puts the withheld item first.
 RIDGE = 1e-4
-# At most one of so many validation interactions is unknown at a time while weights are fitted.
-PARTS = 10
+# How much of what all users chose for validation, or of the log, may be unknown at a time while weights are fitted.
+UNKNOWN, UNKNOWN_OF_LOG = 0.1, 0.001
 INPUTS = ("interactions", "models/llm", "preferences", "models/diffusion", "index")
 
 
@@ -77,10 +78,17 @@ def calibration_parts(log: InteractionLog, preferences: Preferences, config: Run
     """Some users, or all, in parts whose validation interactions are unknown at the same time."""
     random, limit = np.random.default_rng((config.seed, 30)), config.evaluation.calibration_users
     chosen = random.permutation(len(preferences))[:limit]
-    number = 1
-    if knows_validation(log, config) and config.retrieval.neighbors:
-        number = max(1, -(-PARTS * len(chosen) // len(log.split_users("validation"))))
-    return [_some(preferences, np.sort(rows)) for rows in np.array_split(chosen, number)]
+    parts = np.array_split(chosen, number_of_parts(log, len(chosen), config))
+    return [_some(preferences, np.sort(rows)) for rows in parts]
+
+
+def number_of_parts(log: InteractionLog, chosen: int, config: RunConfig) -> int:
+    """So many that at most a tenth of what all users chose for validation, or a thousandth of the log, is unknown at a
+    time; one where nothing is counted anew."""
+    if not knows_validation(log, config) or not config.retrieval.neighbors:
+        return 1
+    unknown = max(UNKNOWN * len(log.split_users("validation")), UNKNOWN_OF_LOG * len(log.items))
+    return max(1, math.ceil(chosen / unknown))
 
 
 def calibration_pools(

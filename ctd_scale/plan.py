@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import InteractionLog
+from ctd_scale.calibrate import number_of_parts
 from ctd_scale.config import RunConfig
 from ctd_scale.diffusion.plan import plan_diffusion, seconds_per_user
 from ctd_scale.estimates import Estimate, seconds_per_byte_written, seconds_per_call
@@ -23,7 +24,7 @@ from ctd_scale.interactions.plan import plan_interactions
 from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.llm.backbone import backbone_folder, hidden_size
 from ctd_scale.llm.plan import plan_history, plan_llm
-from ctd_scale.retrieval.plan import plan_index
+from ctd_scale.retrieval.plan import plan_index, seconds_to_count
 from ctd_scale.terminal import console
 from ctd_scale.tokenizer.plan import plan_tokenizer
 
@@ -83,10 +84,11 @@ def _plan_ranking(log: InteractionLog, config: RunConfig, dim: int) -> list[Esti
     scoring = seconds_per_call(score, at_most=2) / chunk * log.num_items / items
     density = seconds_per_user(dim, config.diffusion, config.seed)
     calibrated = min(users, config.evaluation.calibration_users)
+    counting = number_of_parts(log, calibrated, config) * seconds_to_count(log, config.retrieval.neighbors, config.seed)
     memory = 4.0 * chunk * (3.0 * RANKINGS * log.num_items + config.diffusion.num_draws * dim)
     said = f"{1000 * density:.1f} ms a user for the denoiser, {1000 * scoring:.1f} ms to rank the catalogue once"
     return [
-        Estimate("calibrate_ranking", calibrated * (density + 2 * scoring), memory, 0.0, said),
+        Estimate("calibrate_ranking", calibrated * (density + 2 * scoring) + counting, memory, 0.0, said),
         Estimate("evaluate", 2 * users * (density + RANKINGS * scoring), memory, 0.0, said),
     ]
 

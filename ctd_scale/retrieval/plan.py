@@ -36,9 +36,8 @@ def plan_index(log: InteractionLog, cond_dim: int, embed_dim: int, config: Retri
         elapsed = time.perf_counter() - started
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     share = items / sampled
-    counting, kept = 0.0, min(items * config.neighbors, 2 * WINDOW * len(log.items))
-    if config.neighbors:
-        counting = len(SPLITS) * len(log.items) * _seconds_per_interaction(log, config.neighbors, seed)
+    counting = len(SPLITS) * seconds_to_count(log, config.neighbors, seed)
+    kept = min(items * config.neighbors, 2 * WINDOW * len(log.items))
     return Estimate(
         "build_index",
         elapsed * share + counting,
@@ -48,8 +47,11 @@ def plan_index(log: InteractionLog, cond_dim: int, embed_dim: int, config: Retri
     )
 
 
-def _seconds_per_interaction(log: InteractionLog, neighbors: int, seed: int) -> float:
-    """Of counting neighbours, for some users who chose as many items as these on average, and items as usual."""
+def seconds_to_count(log: InteractionLog, neighbors: int, seed: int) -> float:
+    """Of counting all neighbours once, by the time that it takes for some users who chose as many items as these on
+    average, and items as usual."""
+    if not neighbors:
+        return 0.0
     length = max(1, round(len(log.items) / max(1, log.num_users)))
     users = max(1, min(len(log.items), SAMPLED_INTERACTIONS) // length)
     items = max(1, min(log.num_items, log.num_items * users * length // max(1, len(log.items))))
@@ -63,4 +65,4 @@ def _seconds_per_interaction(log: InteractionLog, neighbors: int, seed: int) -> 
     count_neighbors(sequences, sequences.known_lengths("test"), neighbors)  # what is compiled is compiled
     started = time.perf_counter()
     count_neighbors(sequences, sequences.known_lengths("test"), neighbors)
-    return (time.perf_counter() - started) / (users * length)
+    return (time.perf_counter() - started) * len(log.items) / (users * length)

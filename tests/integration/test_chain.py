@@ -17,10 +17,10 @@ import pytest
 from ctd_scale import ablation
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import SPLITS, InteractionLog, NodeArrays, Preferences, Split, load_rankings
-from ctd_scale.calibrate import scored_pools
+from ctd_scale.calibrate import calibration_parts, calibration_pools, pool_ndcg, scored_pools
 from ctd_scale.cli import main
 from ctd_scale.config import load_config
-from ctd_scale.evaluate import INPUTS, rank_all
+from ctd_scale.evaluate import INPUTS, rank_all, rank_baseline
 from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.pipeline import STAGES
 from ctd_scale.quality import measure, measure_preferences
@@ -121,8 +121,8 @@ def test_the_ranks_beside_the_table_are_those_of_its_figures(chains: Path, split
 
 
 def test_no_target_is_in_the_graph_that_is_asked_for_it(chains: Path) -> None:
-    """Weights are fitted and validation is ranked with what the training graph says; test, and what is served, with
-    a graph that knows the validation targets too, and no others."""
+    """Validation is ranked with what the training graph says; test, and what is served, with a graph that knows the
+    validation targets too, and no others."""
     run = Run.open(chains / "whole")
     log = InteractionLog.load(run.fetch("interactions").path)
     states = {"validation": run.fetch("embeddings").path, "test": run.fetch("embeddings_at_test").path}
@@ -138,23 +138,42 @@ def test_no_target_is_in_the_graph_that_is_asked_for_it(chains: Path) -> None:
         assert found.neighbors is not None
         counted = count_neighbors(log, log.known_lengths(split), run.read_config().retrieval.neighbors)
         np.testing.assert_array_equal(found.neighbors.weights.toarray(), counted.weights.toarray())
+
+
+def test_weights_are_fitted_with_what_others_chose_for_validation_counted(chains: Path) -> None:
+    run = Run.open(chains / "whole")
+    config, artifacts = run.read_config(), {name: run.fetch(name) for name in INPUTS}
+    log = InteractionLog.load(artifacts["interactions"].path)
+    parts = calibration_parts(log, Preferences.load(run.root / "preferences", "validation"), config)
+    density, retrieve = load_density(artifacts, config), load_retrieve(artifacts, config, "validation")
+    pools = list(calibration_pools(log, parts, density, retrieve, config))
     calibrated = manifest(chains / "whole", "ranking")["facts"]["validation_ndcg@10"]  # type: ignore[index]
+    rankings = load_rankings(artifacts["ranking"].path)
+    assert calibrated == {
+        name: pytest.approx(pool_ndcg(pools, ranking), abs=1e-5) for name, ranking in rankings.items()
+    }
     ranked = {row["model"]: row["ndcg@10"] for row in rows(chains / "whole") if row["split"] == "validation"}
-    for name in ("fused_graph", "fused_all", "graph", "neighbors"):
+    for name in ("preference", "graph", "fused_draws"):  # of these as much is known as where validation is ranked
         assert calibrated[name] == pytest.approx(ranked[name], abs=2e-3)
 
 
-@pytest.mark.parametrize(("split", "mask_seen"), [("test", True), ("test", False), ("validation", True)])
-def test_the_ranks_are_those_of_lists_of_the_whole_catalogue(chains: Path, split: Split, mask_seen: bool) -> None:
+@pytest.mark.parametrize(
+    ("split", "mask_seen", "known"),
+    [("test", True, "test"), ("test", True, "validation"), ("test", False, "test"), ("validation", True, "validation")],
+)
+def test_the_ranks_are_those_of_lists_of_the_whole_catalogue(
+    chains: Path, split: Split, mask_seen: bool, known: Split
+) -> None:
     """What is behind the pool is counted; sorting all of it must put the target in the same place."""
     run = Run.open(chains / "whole")
-    config, artifacts = run.read_config(), {name: run.fetch(name) for name in INPUTS}
+    overrides = [f"evaluation.know_validation={known == 'test'}".lower()]
+    config, artifacts = load_config("debug", overrides), {name: run.fetch(name) for name in INPUTS}
     counted = rank_all(run, artifacts, config, split, mask_seen)
     log, preferences = (
         InteractionLog.load(artifacts["interactions"].path),
         Preferences.load(run.root / "preferences", split),
     )
-    density, retrieve = load_density(artifacts, config), load_retrieve(artifacts, config, split)
+    density, retrieve = load_density(artifacts, config), load_retrieve(artifacts, config, known)
     listed: dict[str, list[float]] = {}
     for each in scored_pools(log, preferences, split, density, retrieve, mask_seen=mask_seen, chunk=50):
         for name, ranking in load_rankings(artifacts["ranking"].path).items():
@@ -163,6 +182,10 @@ def test_the_ranks_are_those_of_lists_of_the_whole_catalogue(chains: Path, split
     differing = {name: float(np.mean(counted[name].ranks != np.array(ranks))) for name, ranks in listed.items()}
     # The last bits of scores may differ between a block of users and one.
     assert differing == pytest.approx(dict.fromkeys(listed, 0), abs=0.01)
+    edges = log.known_edges(known)[1]
+    popular = rank_baseline("popularity", run, config, split, mask_seen=False)
+    expected = np.argsort(-np.bincount(edges, minlength=log.num_items), kind="stable")[:10]
+    np.testing.assert_array_equal(popular.top, np.tile(expected, (len(popular.top), 1)))
 
 
 def test_a_second_run_changes_nothing_and_a_damaged_artifact_is_made_again(chains: Path) -> None:

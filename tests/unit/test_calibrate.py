@@ -18,6 +18,7 @@ from ctd_scale.calibrate import (
     choose_rankings,
     first_as_good,
     fitted_ranking,
+    number_of_parts,
     pool_gains,
     pool_ndcg,
 )
@@ -251,3 +252,5 @@ def test_users_are_calibrated_in_parts_of_at_most_a_tenth_of_what_all_chose() ->
     assert sizes == [10, 3, 1]
     for settings in ("evaluation.know_validation=false", "retrieval.neighbors=0"):
         assert len(calibration_parts(log, preferences, load_config(overrides=[settings]))) == 1
+    long = replace(log, items=np.zeros(30_000, np.int32), times=None)
+    assert number_of_parts(long, 60, RunConfig()) == 2, "a thousandth of the log may be unknown"
