@@ -20,7 +20,7 @@ from ctd_scale.candidates import Pool, RetrieveStep, fused_scores
 from ctd_scale.config import RunConfig
 from ctd_scale.recommender import excluded_items, load_density, load_retrieve
 from ctd_scale.retrieval.hybrid import hybrid_scores
-from ctd_scale.retrieval.neighbors import count_neighbors
+from ctd_scale.retrieval.neighbors import count_neighbors, scores_of
 from ctd_scale.terminal import console
 
 NOTHING = Ranking(0.0, 0.0, 0.0)
@@ -50,6 +50,14 @@ class ScoredPool:
     users: ndarray
     targets: ndarray
     texts: list[str]
+    # Of `pool.neighbor_scores`, what training alone knows; None: they are that.
+    neighbors_before: ndarray | None = None
+
+    def before(self) -> ScoredPool:
+        """The same candidates as training alone knows them."""
+        if self.neighbors_before is None:
+            return self
+        return replace(self, pool=replace(self.pool, neighbor_scores=self.neighbors_before))
 
 
 def scored_pools(
@@ -101,11 +109,16 @@ def calibration_pools(
     chose.
     """
     chunk, mask_seen = config.evaluation.chunk_users, config.evaluation.mask_seen
+    before = retrieve.graph.neighbors
     for part in parts:
-        if knows_validation(log, config) and retrieve.graph.neighbors is not None:
-            near = count_neighbors(log, log.lengths_known_beside(part.users), config.retrieval.neighbors)
-            retrieve = retrieve.over(retrieve.retriever, replace(retrieve.graph, neighbors=near))
-        yield from scored_pools(log, part, "validation", density, retrieve, mask_seen=mask_seen, chunk=chunk)
+        if before is None or not knows_validation(log, config):
+            yield from scored_pools(log, part, "validation", density, retrieve, mask_seen=mask_seen, chunk=chunk)
+            continue
+        near = count_neighbors(log, log.lengths_known_beside(part.users), config.retrieval.neighbors)
+        then = retrieve.over(retrieve.retriever, replace(retrieve.graph, neighbors=near))
+        for each in scored_pools(log, part, "validation", density, then, mask_seen=mask_seen, chunk=chunk):
+            said = before.after([log.history(int(user), "validation") for user in each.users])
+            yield replace(each, neighbors_before=scores_of(said, each.pool.ids))
 
 
 def knows_validation(log: InteractionLog, config: RunConfig) -> bool:
@@ -147,12 +160,22 @@ def choose_rankings(pools: list[ScoredPool], config: RunConfig) -> tuple[dict[st
     next to its items, the draws and the denoiser's error; a term that says nothing new is fitted to zero and then costs
     nothing.
     Where all of it together does not rank these users better than the preference alone, `full` is the preference.
+
+    What others chose for validation they chose at the same time, and what all choose at one time is chosen less at
+    another. So weights of what they chose count only where they do not rank worse than the preference by what training
+    alone knows; else they are fitted to that.
     `full_text`, which is served, adds the text factor with the best NDCG@10, where that is more than noise.
     """
     alone = ("graph", *(("neighbors",) if config.retrieval.neighbors else ()), "draws", "error")
-    kinds = {name: fitted_ranking(pools, terms) for name, terms in KINDS.items()}
+    before = [each.before() for each in pools]
+    least = pool_ndcg(before, _only("preference"))
+    kinds = {}
+    for name, terms in KINDS.items():
+        kinds[name] = fitted_ranking(pools, terms)
+        if "neighbors" in terms and pool_ndcg(before, kinds[name]) < least:
+            kinds[name] = fitted_ranking(before, terms)
     # The fit is by likelihood, which also counts users whose item stays far from the first ten.
-    full = max((kinds["preference"], kinds["fused_all"]), key=lambda each: pool_ndcg(pools, each))
+    full = max((kinds["preference"], kinds["fused_all"]), key=lambda each: pool_ndcg(before, each))
     spoken = max(
         (replace(full, pi=pi) for pi in config.evaluation.text_factors), key=lambda each: pool_ndcg(pools, each)
     )

@@ -197,7 +197,7 @@ STAGES = (
         ("diffusion", "retrieval", "evaluation"),
         ("interactions", "models/llm", "preferences", "models/diffusion", "index"),
         ("ranking",),
-        revision=1,
+        revision=2,
     ),
     Stage(
         "evaluate",

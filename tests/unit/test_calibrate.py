@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from small_pools import DIM, DRAWS, ITEMS, NAMES, RANKINGS, USERS, errors_of, po
 
 from ctd_scale.batches import Catalogue, InteractionLog, Preferences, Ranking
 from ctd_scale.calibrate import (
+    KINDS,
     ScoredPool,
     calibration_parts,
     calibration_pools,
@@ -235,6 +237,26 @@ def test_weights_are_fitted_with_what_is_known_of_others_at_test_and_no_user_hea
     for settings, other in (("evaluation.know_validation=false", log), ("seed=0", paired_log(cuts=(2, 3)))):
         pools = pools_as_calibrated(other, load_config(overrides=[settings]))
         assert fitted_ranking(pools, ("neighbors",)).neighbors < 0.1, "training alone never saw such a pair"
+
+
+def test_what_others_choose_at_the_same_time_does_not_decide_where_training_knows_better() -> None:
+    """Neighbours know every target when what others chose for validation is counted. By training alone they know
+    nothing, or say the opposite of the preference."""
+
+    def pools_of(before: Callable[[ScoredPool], np.ndarray]) -> list[ScoredPool]:
+        found = []
+        for each in known_pools("preference"):
+            told = np.where(each.pool.ids == each.targets[:, None], 1, each.pool.neighbor_scores / 10)
+            each = replace(each, pool=replace(each.pool, neighbor_scores=told.astype(np.float32)))
+            found.append(replace(each, neighbors_before=np.where(each.pool.ids >= 0, before(each), -np.inf)))
+        return found
+
+    trusted, _ = choose_rankings(pools_of(lambda each: np.zeros_like(each.pool.cosines)), RunConfig())
+    assert trusted["fused_graph"].neighbors > 0.3
+    against = pools_of(lambda each: -each.pool.cosines)
+    assert fitted_ranking(against, KINDS["fused_graph"]) == trusted["fused_graph"], "by itself the fit would not know"
+    rankings, _ = choose_rankings(against, RunConfig())
+    assert rankings["fused_graph"].neighbors == rankings["fused_all"].neighbors == rankings["full"].neighbors == 0
 
 
 def test_users_are_calibrated_in_parts_of_at_most_a_tenth_of_what_all_chose() -> None:
