@@ -39,6 +39,11 @@ class ServingConfig(Section):
         description="serve with the settings of the best NDCG@10 whose p99 behind the preference is no longer, by "
         "`ctd bench latency`; 0 = with those of the run",
     )
+    shared_index: bool = Field(
+        False,
+        description="search what is not searched exactly in one deployment for each of retrieval.shards, which all "
+        "ingress replicas ask, and not in every one of them",
+    )
     access_log: bool = Field(True, description="a line of JSON for every request")
 
     @model_validator(mode="after")

@@ -7,8 +7,9 @@ its words (retrieval/cold.py), and where it is in a history it is read as the tr
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +20,15 @@ from ctd_scale.artifacts import Artifact, Run
 from ctd_scale.batches import ITEM_COLUMNS, Catalogue, Preferences
 from ctd_scale.changes import Changes, alone, fetch_version, next_version, read_changes
 from ctd_scale.config import RunConfig
-from ctd_scale.retrieval.build import build_index, load_cold, load_graph_index, load_index
+from ctd_scale.retrieval.build import build_index, load_cold, load_graph_index, load_index, load_part
 from ctd_scale.retrieval.cold import TextProjection
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever
 from ctd_scale.retrieval.dense import ExactIndex, exact_search
 from ctd_scale.retrieval.grown import GrownVectors
 from ctd_scale.retrieval.hybrid import HybridRetriever
+from ctd_scale.retrieval.remote import Ask, Part
 from ctd_scale.retrieval.segments import SegmentedIndex
+from ctd_scale.retrieval.tree_index import TreeIndex
 
 INDEX, READ_AS = "index", "read_as.npy"
 # Of the nearest items, how many are looked through for a trained one before all trained ones are.
@@ -60,24 +63,46 @@ class Live:
     read_as: Int32[ndarray, "items"]
 
 
-def load_base(run: Run, artifacts: Mapping[str, Artifact], changes: Changes) -> Base:
-    """The index that these changes lie on. One that was built anew is used as long as the run's own is still the one
-    that it was made from. Raises ValueError as `load_index` does; ArtifactError: it is missing or damaged."""
+def built_anew(run: Run, own: Artifact, built: int) -> Artifact | None:
+    """The version whose index is used instead of the run's own: one that was built anew, as long as the run's own is
+    still the one that it was made from."""
+    if not built:
+        return None
+    version = fetch_version(run, built)
+    return version if version.manifest["inputs"] == {"index": own.digest} else None
+
+
+def load_shards_of(run: Run, own: Artifact, built: int, number: int, of: int) -> dict[tuple[Part, int], TreeIndex]:
+    """Every `of`-th shard, from `number` on, of what `load_base` leaves to others to search."""
+    version = built_anew(run, own, built)
+    folders: dict[Part, Path] = {"items": version.path / INDEX if version else own.path, "graph": own.path}
+    return {
+        (part, shard): index
+        for part, folder in folders.items()
+        for shard, index in load_part(folder, part, number, of).items()
+    }
+
+
+def load_base(
+    run: Run, artifacts: Mapping[str, Artifact], changes: Changes, ask: Callable[[Part], Ask] | None = None
+) -> Base:
+    """The index that these changes lie on; with `ask`, what is approximate in it is left to others to search.
+
+    Raises ValueError as `load_index` does; ArtifactError: it is missing or damaged.
+    """
     own = artifacts["index"]
     folder, built = own.path, 0
     catalogue = Catalogue.load(artifacts["interactions"].path)
     read_as = np.arange(len(catalogue), dtype=np.int32)
-    if changes.built:
-        version = fetch_version(run, changes.built)
-        if version.manifest["inputs"] == {"index": own.digest}:
-            folder, built = version.path / INDEX, changes.built
-            catalogue, read_as = Catalogue.load(version.path / INDEX), np.load(version.path / READ_AS)
+    if version := built_anew(run, own, changes.built):
+        folder, built = version.path / INDEX, changes.built
+        catalogue, read_as = Catalogue.load(version.path / INDEX), np.load(version.path / READ_AS)
     projection, trained = load_cold(folder)
     return Base(
         catalogue,
         {item_id: place for place, item_id in enumerate(catalogue.item_ids)},
-        load_index(folder, len(catalogue), pi=0.0),
-        _read_graph(load_graph_index(own.path), read_as),
+        load_index(folder, len(catalogue), pi=0.0, ask=ask and ask("items")),
+        _read_graph(load_graph_index(own.path, ask=ask and ask("graph")), read_as),
         projection,
         trained,
         read_as,

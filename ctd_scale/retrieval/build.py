@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,18 @@ from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
 from ctd_scale.retrieval.faiss_index import FaissIndex
 from ctd_scale.retrieval.hybrid import HybridRetriever
 from ctd_scale.retrieval.neighbors import ItemNeighbors
+from ctd_scale.retrieval.remote import Ask, Part, RemoteIndex
 from ctd_scale.retrieval.scann_index import ScannIndex
 from ctd_scale.retrieval.segments import PartialIndex
 from ctd_scale.retrieval.text import TextIndex
-from ctd_scale.retrieval.tree_index import MIN_TREE_ITEMS, TreeIndex, load_shards, save_shards, united
+from ctd_scale.retrieval.tree_index import (
+    MIN_TREE_ITEMS,
+    TreeIndex,
+    load_shards,
+    save_shards,
+    shard_folders,
+    united,
+)
 
 VECTORS, SOURCES, TRAINED, CONNECTED = "vectors.npy", "sources.npy", "trained.npy", "connected.npy"
 TEXT, GRAPH, COLD = "text", "graph", "cold"
@@ -118,12 +127,13 @@ def build_graph_index(
     }
 
 
-def load_index(folder: Path, catalogue_size: int, pi: float) -> HybridRetriever:
-    """The retriever over what `build_index` wrote; vectors and postings are memory-mapped.
+def load_index(folder: Path, catalogue_size: int, pi: float, ask: Ask | None = None) -> HybridRetriever:
+    """The retriever over what `build_index` wrote; vectors and postings are memory-mapped. What is approximate is
+    loaded, or, where there is somebody to `ask`, left to the shards that `load_part` loads.
 
     Raises ValueError: the index has another number of items than the catalogue.
     """
-    vectors, dense = _load_dense(folder)
+    vectors, dense = _load_dense(folder, ask)
     if len(vectors) != catalogue_size:
         raise ValueError(f"{folder} has {len(vectors)} items but the catalogue has {catalogue_size}; rerun build_index")
     return HybridRetriever(vectors, dense, TextIndex.load(folder / TEXT), pi)
@@ -136,13 +146,14 @@ def load_cold(folder: Path) -> tuple[TextProjection, Bool[ndarray, "items"]]:
     return TextProjection.load(folder / COLD), np.load(folder / TRAINED)
 
 
-def load_graph_index(folder: Path, split: Split = "test") -> CollaborativeRetriever:
-    """What `build_graph_index` wrote for this split, memory-mapped. Raises ValueError where it did not."""
+def load_graph_index(folder: Path, split: Split = "test", ask: Ask | None = None) -> CollaborativeRetriever:
+    """What `build_graph_index` wrote for this split, loaded as `load_index` does. Raises ValueError where it did
+    not."""
     source = folder / GRAPH / split
     if not (source / SOURCES).is_file():
         raise ValueError(f"{folder} holds no {GRAPH}/{split}: it was built by an older version; rerun build_index")
     sources = np.load(source / SOURCES, mmap_mode="r")
-    retriever = HybridRetriever(*_load_dense(source), text=None, pi=0.0)
+    retriever = HybridRetriever(*_load_dense(source, ask), text=None, pi=0.0)
     return CollaborativeRetriever(sources, retriever, ItemNeighbors.load(source))
 
 
@@ -184,21 +195,34 @@ def _engine(config: RetrievalConfig, items: int) -> str:
     )
 
 
-def _load_dense(folder: Path) -> tuple[ndarray, DenseIndex]:
+def load_part(folder: Path, part: Part, number: int, of: int) -> dict[int, TreeIndex]:
+    """Every `of`-th shard of what is served, from shard `number` on; none where it is searched exactly."""
+    source = folder if part == "items" else folder / GRAPH / "test"
+    found: dict[int, TreeIndex] = {}
+    for name, engine in ENGINES.items():
+        if not found and (source / name).is_dir():
+            folders = shard_folders(source / name)
+            found = {shard: engine.load(folders[shard]) for shard in range(number, len(folders), of)}
+    return found
+
+
+def _load_dense(folder: Path, ask: Ask | None) -> tuple[ndarray, DenseIndex]:
     """The vectors, and what searches them. Raises ValueError: a shard is missing."""
     vectors = np.load(folder / VECTORS, mmap_mode="r")
     if (folder / CONNECTED).is_file():
         some = np.load(folder / CONNECTED)
-        return vectors, PartialIndex(_load_engine(folder, len(some)) or ExactIndex(vectors[some]), some)
-    return vectors, _load_engine(folder, len(vectors)) or ExactIndex(vectors)
+        return vectors, PartialIndex(_load_engine(folder, len(some), ask) or ExactIndex(vectors[some]), some)
+    return vectors, _load_engine(folder, len(vectors), ask) or ExactIndex(vectors)
 
 
-def _load_engine(folder: Path, items: int) -> DenseIndex | None:
+def _load_engine(folder: Path, items: int, ask: Ask | None) -> DenseIndex | None:
     """What was built for so many items; None: exact search."""
     for name, engine in ENGINES.items():
         if (folder / name).is_dir():
-            shards = load_shards(engine, folder / name)
-            if (held := sum(shard.settings.items for shard in shards)) != items:
+            sizes = [engine.read_settings(each).items for each in shard_folders(folder / name)]
+            if (held := sum(sizes)) != items:
                 raise ValueError(f"{folder / name} holds {held} of {items} items; rerun build_index")
-            return united(shards)
+            if ask is not None:
+                return RemoteIndex(ask, list(accumulate(sizes, initial=0)))
+            return united(load_shards(engine, folder / name))
     return None

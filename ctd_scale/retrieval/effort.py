@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from ctd_scale.retrieval.dense import DenseIndex
+from ctd_scale.retrieval.remote import RemoteIndex
 from ctd_scale.retrieval.segments import PartialIndex, SegmentedIndex
 from ctd_scale.retrieval.tree_index import TreeIndex
 
@@ -16,7 +17,7 @@ def has_effort(index: DenseIndex) -> bool:
         return has_effort(index.index)
     if isinstance(index, SegmentedIndex):
         return any(map(has_effort, index.segments))
-    return isinstance(index, TreeIndex)
+    return isinstance(index, TreeIndex | RemoteIndex)
 
 
 def with_effort(index: DenseIndex, effort: float) -> DenseIndex:
@@ -25,6 +26,8 @@ def with_effort(index: DenseIndex, effort: float) -> DenseIndex:
         return replace(index, index=with_effort(index.index, effort))
     if isinstance(index, SegmentedIndex):
         return replace(index, segments=[with_effort(segment, effort) for segment in index.segments])
+    if isinstance(index, RemoteIndex):
+        return replace(index, effort=index.effort * effort)
     if effort == 1 or not isinstance(index, TreeIndex):
         return index
     leaves = min(index.settings.leaves, max(1, math.ceil(index.settings.leaves_to_search * effort)))

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from jaxtyping import Float32, Int32
 from numpy import ndarray
 
 from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
+
+# Ids, padded with -1, and cosines, with -inf.
+Found = tuple[Int32[ndarray, "batch _"], Float32[ndarray, "batch _"]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class SegmentedIndex:
     offsets: Sequence[int]
 
     def __post_init__(self) -> None:
-        falling = any(start > stop for start, stop in zip(self.offsets, self.offsets[1:], strict=False))
+        falling = any(start > stop for start, stop in pairwise(self.offsets))
         if len(self.offsets) != len(self.segments) + 1 or self.offsets[0] != 0 or falling:
             raise ValueError(
                 f"offsets={list(self.offsets)} for {len(self.segments)} segments, expected one more than these, from 0 "
@@ -49,15 +52,13 @@ class SegmentedIndex:
         Raises ValueError as the segments do.
         """
         unit = unit_vectors(queries, "query")
-        ids = [np.empty((len(queries), 0), dtype=np.int32)]
-        cosines = [np.empty((len(queries), 0), dtype=np.float32)]
-        for segment, start, stop in zip(self.segments, self.offsets[:-1], self.offsets[1:], strict=True):
-            if start == stop:
-                continue
-            found, scores = segment.search(unit, min(k, stop - start))
-            ids.append(np.where(found >= 0, found + np.int32(start), np.int32(-1)))
-            cosines.append(scores)
-        return _best(np.concatenate(ids, axis=1), np.concatenate(cosines, axis=1), k)
+        nothing = np.empty((len(queries), 0), dtype=np.int32), np.empty((len(queries), 0), dtype=np.float32)
+        sizes = [stop - start for start, stop in pairwise(self.offsets)]
+        found = [
+            segment.search(unit, min(k, size)) if size else nothing
+            for segment, size in zip(self.segments, sizes, strict=True)
+        ]
+        return merged([nothing, *found], [0, *self.offsets], k)
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,16 @@ def is_exact(index: DenseIndex) -> bool:
     return isinstance(index, ExactIndex)
 
 
-def _best(
-    ids: Int32[ndarray, "batch found"], cosines: Float32[ndarray, "batch found"], k: int
+def merged(
+    found: Sequence[Found], offsets: Sequence[int], k: int
 ) -> tuple[Int32[ndarray, "batch k"], Float32[ndarray, "batch k"]]:
-    """The first k by cosine, then by id; what is -1 / -inf comes last, and fills up."""
+    """The first k by cosine, then by id, of what segments found, whose items begin at these offsets; what is -1 / -inf
+    comes last, and fills up."""
+    starts = zip(found, offsets[:-1], strict=True)
+    ids = np.concatenate(
+        [np.where(own >= 0, own + np.int32(start), np.int32(-1)) for (own, _), start in starts], axis=1
+    )
+    cosines = np.concatenate([scores for _, scores in found], axis=1)
     order = np.lexsort((ids, -cosines))[:, :k]
     missing = ((0, 0), (0, k - order.shape[1]))
     return (

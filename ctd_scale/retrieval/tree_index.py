@@ -138,9 +138,15 @@ class TreeIndex(ABC):
     def load(cls: type[Engine], folder: Path) -> Engine:
         """Read what `save` wrote. Raises ValueError where it cannot be that; RuntimeError: the engine is not
         installed."""
+        settings = cls.read_settings(folder)
+        return cls(cls._read(folder), settings)
+
+    @classmethod
+    def read_settings(cls, folder: Path) -> Settings:
+        """What is known of an index without loading it. Raises ValueError: there is none."""
         if not (folder / SETTINGS).is_file():
             raise ValueError(f"{folder} is no {cls.name} index: {SETTINGS} is missing; rerun build_index")
-        return cls(cls._read(folder), Settings(**json.loads((folder / SETTINGS).read_text())))
+        return Settings(**json.loads((folder / SETTINGS).read_text()))
 
     @classmethod
     def library(cls) -> Any:
@@ -198,12 +204,16 @@ def save_shards(shards: Sequence[TreeIndex], folder: Path) -> None:
         shard.save(folder / str(number) if len(shards) > 1 else folder)
 
 
+def shard_folders(folder: Path) -> list[Path]:
+    """Where `save_shards` wrote each."""
+    if not (folder / "0").is_dir():
+        return [folder]
+    return sorted(folder.iterdir(), key=lambda each: int(each.name))
+
+
 def load_shards(engine: type[Engine], folder: Path) -> list[Engine]:
     """Read what `save_shards` wrote. Raises as `TreeIndex.load` does."""
-    if not (folder / "0").is_dir():
-        return [engine.load(folder)]
-    numbers = sorted(int(each.name) for each in folder.iterdir())
-    return [engine.load(folder / str(number)) for number in numbers]
+    return [engine.load(each) for each in shard_folders(folder)]
 
 
 def _calibrated(

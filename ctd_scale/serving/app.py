@@ -27,6 +27,7 @@ from ctd_scale.config_serving import ServingConfig
 from ctd_scale.latency import described
 from ctd_scale.serving.deployments import App, Preference
 from ctd_scale.serving.release import Coordinator, Source, source_of
+from ctd_scale.serving.shards import Shard
 from ctd_scale.terminal import console
 from ctd_scale.training import start_ray
 
@@ -51,12 +52,17 @@ def build_app(source: Source) -> serve.Application:
     shared["ray_actor_options"] = {"num_cpus": 0}
     coordinator = serve.deployment(**shared)(Coordinator).bind(source)
     preference = serve.deployment(**_options(serving, PREFERENCE_CPUS, gpus))(Preference).bind(serving, coordinator)
+    shards = []
+    if serving.shared_index:
+        of, options = config.retrieval.shards, _options(serving, OTHER_CPUS)
+        named = (serve.deployment(name=f"Shard{number}", **options)(Shard) for number in range(of))
+        shards = [shard.bind(coordinator, number, of) for number, shard in enumerate(named)]
     ingress = _options(serving, OTHER_CPUS, gpus)
     # Whoever waits for the LLM or for its turn is refused by ourselves, in our words; the proxy lets everybody in, so
     # that /healthz still answers.
     in_flight = serving.max_replicas * serving.max_ongoing_requests + serving.max_queued_requests
     ingress["max_ongoing_requests"] = ingress["max_queued_requests"] = 3 * in_flight + 16
-    return serve.deployment(**ingress)(App).bind(serving, preference, coordinator)
+    return serve.deployment(**ingress)(App).bind(serving, preference, coordinator, shards)
 
 
 def build_from_args(args: dict[str, str]) -> serve.Application:

@@ -10,9 +10,7 @@ import asyncio
 import gc
 import logging
 import os
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from logging.handlers import RotatingFileHandler
@@ -20,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from fastapi import FastAPI
 from jaxtyping import Float32, Int32
 from numpy import ndarray
 from ray import serve
 from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle
 
 from ctd_scale.config_serving import ServingConfig
 from ctd_scale.llm.inference import PreferenceModel
@@ -36,25 +33,15 @@ from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.middleware import Record, access_log
 from ctd_scale.serving.picture import flattened
 from ctd_scale.serving.probe import Probe, Searched, keep_probing
-from ctd_scale.serving.release import KEPT_VERSIONS, Release, Source, open_release, serving_log
+from ctd_scale.serving.release import Release, Source, open_release, serving_log
 from ctd_scale.serving.schema import RecommendRequest, picture_object, ranked_items, response_object
+from ctd_scale.serving.shards import Shards
+from ctd_scale.serving.step import Step, Versions, result_of
 from ctd_scale.serving.telemetry import CACHE_HIT
 
 SEND_RECORDS_S = 0.5
 FOLLOW_S = 0.25  # how soon a replica learns of another version
 LOG_BYTES, LOG_FILES = 50_000_000, 4
-
-
-class Step:
-    """Computes on one thread of its own: calls take turns on the cores, and the event loop stays free to gather
-    the next batch."""
-
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._thread = ThreadPoolExecutor(max_workers=1)
-
-    async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
 class Preference(Step):
@@ -66,10 +53,9 @@ class Preference(Step):
     ) -> None:
         super().__init__(max(1, (os.cpu_count() or 1) // config.max_replicas))
         self._coordinator = coordinator
-        self._models: OrderedDict[str, PreferenceModel] = OrderedDict()
-        self._loading = asyncio.Lock()
+        self._models: Versions[str, PreferenceModel] = Versions(self._load)
         _configure_batches(config, self.preference, self.text)
-        await self._model((await coordinator.current.remote(None)).models)
+        await self._models.of((await coordinator.current.remote(None)).models)
 
     @serve.batch  # type: ignore[untyped-decorator]
     async def preference(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[Float32[ndarray, "cond_dim"]]:
@@ -82,18 +68,11 @@ class Preference(Step):
         return await self._compute(_each, asked, await self._models_of(asked), PreferenceModel.texts)
 
     async def _models_of(self, asked: list[tuple[str, ndarray]]) -> dict[str, PreferenceModel]:
-        return {version: await self._model(version) for version in {version for version, _ in asked}}
+        return {version: await self._models.of(version) for version in {version for version, _ in asked}}
 
-    async def _model(self, version: str) -> PreferenceModel:
-        """The LLM of a version; of those that are kept, the one that was not asked for the longest goes first."""
-        async with self._loading:
-            if version not in self._models:
-                source: Source = await self._coordinator.source.remote(version)
-                self._models[version] = await asyncio.to_thread(_warm_preference, source)
-            self._models.move_to_end(version)
-            while len(self._models) > KEPT_VERSIONS:
-                self._models.popitem(last=False)
-            return self._models[version]
+    async def _load(self, models: str) -> PreferenceModel:
+        source: Source = await self._coordinator.source.remote(models)
+        return await asyncio.to_thread(_warm_preference, source)
 
 
 def _each(asked: list[tuple[str, ndarray]], models: dict[str, PreferenceModel], read: Callable[..., Any]) -> list[Any]:
@@ -134,19 +113,24 @@ class App(Step):
     small, and the LLM needs the cores.
 
     A request keeps to the release that it began with. The next one is loaded beside it, and takes its place when the
-    LLM has it too.
+    LLM, and the shards where there are any, have it too.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: ServingConfig, preference: DeploymentHandle, coordinator: DeploymentHandle
+        self,
+        config: ServingConfig,
+        preference: DeploymentHandle,
+        coordinator: DeploymentHandle,
+        shards: Sequence[DeploymentHandle] = (),
     ) -> None:
         super().__init__(threads=1)
+        self._shards = Shards(shards, asyncio.get_running_loop(), config.request_timeout_s)
         self._config, self._preference, self._coordinator = config, preference, coordinator
         self._records: list[Record | Probe] = []
         self._searched: Searched | None = None
         self._warm, self._in_progress = False, 0
         _configure_batches(config, self._ranked)
-        self._release: Release = await asyncio.to_thread(open_release, await coordinator.current.remote(None))
+        self._release = await self._opened(await coordinator.current.remote(None))
         open_logs(self._release.source.run.root / "logs" / "serving", config.access_log)
         self._following = asyncio.create_task(self._follow())
         if every_s := config.recall_probe_s:
@@ -172,7 +156,7 @@ class App(Step):
             try:
                 source = await self._coordinator.current.remote(source)
                 if source.number > max(refused, self._release.source.number):
-                    release = await asyncio.to_thread(open_release, source, self._release)
+                    release = await self._opened(source, self._release)
                     if source.models != self._release.source.models:
                         await self._preference.preference.remote((source.models, np.zeros(1, np.int32)))
                     self._release = release
@@ -180,6 +164,10 @@ class App(Step):
                 serving_log.exception("still serving version %s", self.version)
                 if isinstance(error, ValueError | OSError):
                     refused = source.number
+
+    async def _opened(self, source: Source, before: Release | None = None) -> Release:
+        await self._shards.load(source.index)
+        return await asyncio.to_thread(open_release, source, before, self._shards.ask_of)
 
     def _take_searched(self) -> Searched | None:
         searched, self._searched = self._searched, None
@@ -209,7 +197,7 @@ class App(Step):
             preference, text = await self._preference_after(release, history, seconds), ""
             if request.explain:
                 with timed("text", seconds):
-                    text = await _result(self._preference.text.remote((release.source.models, history)))
+                    text = await result_of(self._preference.text.remote((release.source.models, history)))
             order = Order(release, preference, history, text, excluded, request.k, boosts)
             recommendation, behind = await self._ranked(order)
         finally:
@@ -271,7 +259,7 @@ class App(Step):
     async def metrics(self) -> str:
         """Everything counted so far, by this replica too: its last records go with the question, not before it."""
         records, self._records = self._records, []
-        text: str = await _result(self._coordinator.metrics.remote(records))
+        text: str = await result_of(self._coordinator.metrics.remote(records))
         return text
 
     def observe(self, record: Record | Probe) -> None:
@@ -296,7 +284,7 @@ class App(Step):
             seconds[CACHE_HIT] = 0.0
             return known[read]
         with timed("preference", seconds):
-            preference = await _result(self._preference.preference.remote((release.source.models, history)))
+            preference = await result_of(self._preference.preference.remote((release.source.models, history)))
         known[read] = preference
         while len(known) > self._config.cached_preferences:
             known.popitem(last=False)
@@ -329,15 +317,6 @@ def open_logs(folder: Path, requests: bool) -> None:
             log.addHandler(RotatingFileHandler(file, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"))
             log.setLevel(logging.INFO)
             log.propagate = False
-
-
-async def _result(response: DeploymentResponse) -> Any:
-    """Await a step; where the request is given up, so is the step (Serve alone would let it run on)."""
-    try:
-        return await response
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
 
 
 def _configure_batches(config: ServingConfig, *methods: Any) -> None:

@@ -11,8 +11,9 @@ import gc
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from jaxtyping import Float32, Int32
 from numpy import ndarray
@@ -24,34 +25,46 @@ from ctd_scale.config import RunConfig
 from ctd_scale.latency import Row, chosen_row, load_tuned
 from ctd_scale.live import Base, apply_changes, load_base
 from ctd_scale.recommender import ARTIFACTS, READ_BEHIND, RankStep, load_artifacts, version_of
+from ctd_scale.retrieval.remote import Ask, Part
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.schema import Directory
+from ctd_scale.serving.step import KEPT_VERSIONS
 from ctd_scale.serving.telemetry import Telemetry
 
-# What is served, and what was before: a request that began with the latter ends with it.
-KEPT_VERSIONS = 2
 # How soon a change of the catalogue is seen, in a folder and behind a URL.
 LOOK_S, LOOK_AFAR_S = 0.2, 5.0
 serving_log = logging.getLogger("ctd_scale.serving")
+
+# Models, and the number of the changes as of which their index was built; 0: with the run.
+Index = tuple[str, int]
+AskOf = Callable[[Index, Part], Ask]
 
 
 @dataclass(frozen=True)
 class Source:
     """The artifacts of a run at one time: `models` is their version, `version` that of all with the `changes` of this
-    number. `number` counts what was served before; `tuned` is what `serving.target_p99_ms` chose."""
+    number, which lie on the index that was `built` as of that number. `number` counts what was served before; `tuned`
+    is what `serving.target_p99_ms` chose."""
 
     run: Run
     config: RunConfig
     models: str
     version: str
     changes: int = 0
+    built: int = 0
     number: int = 0
     tuned: Row | None = None
 
+    @property
+    def index(self) -> Index:
+        """Which large index is searched."""
+        return self.models, self.built
+
     def same_but_for_changes(self, other: Source) -> bool:
         """Whether the other is the same run with the same models and settings, whatever its catalogue has become."""
-        return replace(self, version="", changes=0, number=0) == replace(other, version="", changes=0, number=0)
+        mine, its = (replace(each, version="", changes=0, built=0, number=0) for each in (self, other))
+        return mine == its
 
     def artifacts(self, read: Collection[str]) -> dict[str, Artifact]:
         """The artifacts, refused where they are no longer those of this version: a replica that starts late must not
@@ -74,7 +87,8 @@ def source_of(run: Run, config: RunConfig) -> Source:
         run = replace(run, storage=str(folder.parent), name=folder.name)
     artifacts, changes = load_artifacts(run), read_changes(run)
     models, version = version_of(artifacts), version_of(artifacts, changes)
-    return Source(run, config, models, version, changes.number, tuned=chosen_row(run, config, artifacts))
+    tuned = chosen_row(run, config, artifacts)
+    return Source(run, config, models, version, changes.number, changes.built, tuned=tuned)
 
 
 def changed(source: Source) -> Source:
@@ -86,7 +100,7 @@ def changed(source: Source) -> Source:
     artifacts = {name: source.run.fetch(name, verify=False) for name in ARTIFACTS}
     if version_of(artifacts) != source.models:
         raise ArtifactError(f"{source.run.url} is no longer version {source.models}; send SIGHUP to `ctd serve`")
-    return replace(source, version=version_of(artifacts, changes), changes=number)
+    return replace(source, version=version_of(artifacts, changes), changes=number, built=changes.built)
 
 
 @dataclass(frozen=True)
@@ -106,18 +120,19 @@ class Release:
         return self.source.version
 
 
-def open_release(source: Source, before: Release | None = None) -> Release:
-    """Load what is behind the preference. Of what was served `before` all is kept that is the same.
+def open_release(source: Source, before: Release | None = None, ask: AskOf | None = None) -> Release:
+    """Load what is behind the preference; with `ask`, without the large indexes, which others search. Of what was
+    served `before` all is kept that is the same.
 
     What the process holds by then is left alone by Python's garbage collector: to look through a million titles takes
     it a third of a second, in which nobody is answered. What is let go of is freed all the same.
     """
-    release = _opened(source, before)
+    release = _opened(source, before, ask)
     gc.freeze()
     return release
 
 
-def _opened(source: Source, before: Release | None) -> Release:
+def _opened(source: Source, before: Release | None, ask: AskOf | None) -> Release:
     changes = read_changes(source.run, source.changes)
     if before is not None and before.source.same_but_for_changes(source) and before.base.built == changes.built:
         live = apply_changes(before.base, changes)
@@ -125,7 +140,7 @@ def _opened(source: Source, before: Release | None) -> Release:
         rank = before.rank.over(live.retriever, live.graph)
         return Release(source, before.base, live.catalogue, directory, rank, live.read_as, before.known)
     artifacts = source.artifacts(READ_BEHIND)
-    base = load_base(source.run, artifacts, changes)
+    base = load_base(source.run, artifacts, changes, ask and partial(ask, source.index))
     live = apply_changes(base, changes)
     if live.retriever.text is not None:
         live.retriever.text.warm_up()

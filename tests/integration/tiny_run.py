@@ -35,12 +35,12 @@ NOUNS = ("River", "Night", "Machine", "Garden", "Empire")
 CATEGORIES = ("drama", "comedy", "western", "crime")
 
 
-def make_tiny_run(folder: Path, seed: int = 0) -> Run:
+def make_tiny_run(folder: Path, seed: int = 0, **retrieval: object) -> Run:
     """Publish every artifact that a recommendation needs under `folder`, in the order of the pipeline; `seed` is that
-    of the weights."""
+    of the weights, `retrieval` settings of it."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(0)
-    run, config = Run(str(folder), "tiny"), tiny_config()
+    run, config = Run(str(folder), "tiny"), tiny_config(**retrieval)
     run.write_config(config)
     log = make_log(rng)
     digests: dict[str, str] = {}
@@ -91,7 +91,7 @@ def make_tiny_run(folder: Path, seed: int = 0) -> Run:
     return run
 
 
-def tiny_config() -> RunConfig:
+def tiny_config(**retrieval: object) -> RunConfig:
     """Dimensions of the tiny run; one replica of everything, a small queue and small limits."""
     return validate_config(
         {
@@ -110,7 +110,7 @@ def tiny_config() -> RunConfig:
                 "error_candidates": 12,
                 "error_evaluations": 2,
             },
-            "retrieval": {"text_candidates": 5},
+            "retrieval": {"text_candidates": 5, **retrieval},
             "serving": {
                 "max_replicas": 1,
                 "max_ongoing_requests": 2,

@@ -7,6 +7,7 @@ import pytest
 
 from ctd_scale.retrieval.dense import DenseIndex, ExactIndex, unit_vectors
 from ctd_scale.retrieval.effort import has_effort, with_effort
+from ctd_scale.retrieval.remote import RemoteIndex
 from ctd_scale.retrieval.scann_index import ScannIndex
 from ctd_scale.retrieval.segments import PartialIndex, SegmentedIndex
 
@@ -39,3 +40,17 @@ def test_effort_is_that_of_the_leaves_and_no_index_changes_another() -> None:
     assert has_effort(partial)
     assert recall(with_effort(partial, 0.01)) < recall(partial)
     assert not has_effort(PartialIndex(exact, partial.ids))
+
+
+def test_what_is_asked_elsewhere_is_asked_with_that_effort() -> None:
+    asked: list[float] = []
+
+    def ask(shards: int, queries: np.ndarray, k: int, effort: float) -> list[tuple[np.ndarray, np.ndarray]]:
+        asked.append(effort)
+        return [(np.zeros((len(queries), 1), np.int32), np.ones((len(queries), 1), np.float32))] * shards
+
+    index = RemoteIndex(ask, [0, 5])
+    assert has_effort(index)
+    for each in (index, with_effort(index, 0.5), with_effort(PartialIndex(index, np.arange(5, dtype=np.int32)), 2.0)):
+        each.search(np.ones((1, 2), np.float32), 1)
+    assert asked == [1.0, 0.5, 2.0]

@@ -13,11 +13,12 @@ import pytest
 
 from ctd_scale.batches import Catalogue
 from ctd_scale.config import RetrievalConfig
-from ctd_scale.retrieval.build import build_index, load_index
+from ctd_scale.retrieval.build import build_index, load_index, load_part
 from ctd_scale.retrieval.dense import ExactIndex
 from ctd_scale.retrieval.faiss_index import FaissIndex
+from ctd_scale.retrieval.remote import RemoteIndex
 from ctd_scale.retrieval.scann_index import ScannIndex
-from ctd_scale.retrieval.segments import SegmentedIndex
+from ctd_scale.retrieval.segments import Found, SegmentedIndex
 
 ITEMS, DIM = 400, 8
 NONE = np.empty(0, dtype=np.int32)
@@ -106,6 +107,19 @@ def test_an_index_of_shards_is_loaded_as_one(tmp_path: Path) -> None:
     ids, scores = hybrid.search(item_vectors()[[5, 200, 399]], [NONE] * 3, [NONE] * 3, k=3)
     assert ids[:, 0].tolist() == [5, 200, 399]
     assert np.allclose(scores[:, 0], 1, atol=1e-6)
+
+    # In two other processes it would be the same, one of which has two of its shards.
+    parts = [load_part(tmp_path, "items", number, of=2) for number in range(2)]
+    assert [list(part) for part in parts] == [[0, 2], [1]]
+
+    def ask(shards: int, queries: np.ndarray, k: int, effort: float) -> list[Found]:
+        return [parts[shard % 2][shard].search(queries, k) for shard in range(shards)]
+
+    remote = load_index(tmp_path, ITEMS, pi=0.5, ask=ask)
+    assert isinstance(remote.dense, RemoteIndex)
+    for k in (1, 10, 150, ITEMS, ITEMS + 5):
+        here, there = (each.dense.search(item_vectors(), k) for each in (hybrid, remote))
+        assert all(np.array_equal(mine, its) for mine, its in zip(here, there, strict=True))
 
     shutil.rmtree(tmp_path / "scann" / "1")
     with pytest.raises(ValueError, match="holds 267 of 400 items; rerun build_index"):
