@@ -20,7 +20,16 @@ from pydantic import Field, ValidationError, model_validator
 from ctd_scale.config_baselines import BaselinesConfig
 from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.config_resources import ResourcesConfig
-from ctd_scale.config_section import Count, EpochsConfig, Fraction, NotNegative, Positive, PositiveFloat, Section
+from ctd_scale.config_section import (
+    HOW_IT_WORKS,
+    Count,
+    EpochsConfig,
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 from ctd_scale.config_serving import ServingConfig
 
 if sys.version_info >= (3, 11):
@@ -97,13 +106,17 @@ class GraphConfig(Section):
         "uniform", description="where negatives come from; the loss is corrected for their probability"
     )
     popularity_exponent: PositiveFloat = Field(0.75, description="of an item's degree, where negatives = popularity")
-    streaming: Literal["auto", "ray_data", "in_process"] = Field(
+    streaming: Annotated[Literal["auto", "ray_data", "in_process"], HOW_IT_WORKS] = Field(
         "auto", description="who samples: Ray Data actors, or a thread of the trainer (auto: small graphs)"
     )
-    sampler_actors: Positive = 1
-    stall_seconds: PositiveFloat = Field(600.0, description="training fails when no minibatch comes for so long")
-    checkpoint_every_steps: Positive = 200
-    propagation_chunk: Positive = Field(65_536, description="rows of one chunk of the exact propagation")
+    sampler_actors: Annotated[Positive, HOW_IT_WORKS] = 1
+    stall_seconds: Annotated[PositiveFloat, HOW_IT_WORKS] = Field(
+        600.0, description="training fails when no minibatch comes for so long"
+    )
+    checkpoint_every_steps: Annotated[Positive, HOW_IT_WORKS] = 200
+    propagation_chunk: Annotated[Positive, HOW_IT_WORKS] = Field(
+        65_536, description="rows of one chunk of the exact propagation"
+    )
 
     @model_validator(mode="after")
     def _one_fanout_per_layer(self) -> GraphConfig:
@@ -126,7 +139,7 @@ class TokenizerConfig(Section):
     steps: Positive = 1000
     batch_size: Positive = 256
     learning_rate: PositiveFloat = 2e-3
-    checkpoint_every_steps: Positive = 500
+    checkpoint_every_steps: Annotated[Positive, HOW_IT_WORKS] = 500
 
 
 class HistoryConfig(EpochsConfig):
@@ -164,8 +177,12 @@ class LLMConfig(Section):
         4096,
         description="about so many tokens per optimizer step, all workers together; the instruction is not counted",
     )
-    accumulation_steps: Positive = Field(1, description="read a worker's share of a step in so many parts")
-    gradient_checkpointing: bool = Field(False, description="forget activations and compute them again")
+    accumulation_steps: Annotated[Positive, HOW_IT_WORKS] = Field(
+        1, description="read a worker's share of a step in so many parts"
+    )
+    gradient_checkpointing: Annotated[bool, HOW_IT_WORKS] = Field(
+        False, description="forget activations and compute them again"
+    )
     learning_rate: PositiveFloat = 2e-4
     head_learning_rate: PositiveFloat = 1e-3
     weight_decay: NotNegative = 0.01
@@ -198,14 +215,14 @@ class LLMConfig(Section):
     text_every: Positive = Field(4, description="every n-th sequence also carries a text answer")
     full_softmax_limit: Positive = 100_000
     sampled_negatives: Positive = 4096
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    offload: Literal["none", "optimizer", "parameters"] = Field(
+    zero_stage: Annotated[Literal[0, 1, 2, 3], HOW_IT_WORKS] = 2
+    offload: Annotated[Literal["none", "optimizer", "parameters"], HOW_IT_WORKS] = Field(
         "none", description="what ZeRO keeps in host memory; `parameters` includes the optimizer and needs zero_stage=3"
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="auto: bfloat16 where the device multiplies it fast (GPU, CPU with AVX-512), else float32"
     )
-    checkpoint_every_steps: Positive = 100
+    checkpoint_every_steps: Annotated[Positive, HOW_IT_WORKS] = 100
     generate_texts: bool = True
     text_choices: Literal["preferred", "catalogue", "category", "free"] = Field(
         "preferred",
@@ -214,7 +231,7 @@ class LLMConfig(Section):
     )
     text_shortlist: Positive = Field(50, description="how many items, where text_choices = preferred")
     max_new_tokens: Positive = 32
-    inference_batch: Positive = 64
+    inference_batch: Annotated[Positive, HOW_IT_WORKS] = 64
 
     @model_validator(mode="after")
     def _stage_can_offload(self) -> LLMConfig:
@@ -249,7 +266,7 @@ class EvaluationConfig(Section):
         description="at test the graph and what is counted (neighbours, popularity, item-kNN) know what others chose "
         "for validation, as what is served does",
     )
-    chunk_users: Positive = 256
+    chunk_users: Annotated[Positive, HOW_IT_WORKS] = 256
     calibration_users: Positive = Field(5000, description="validation users that choose the fusion weights")
     text_factors: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (0.0, 0.02, 0.05, 0.1, 0.2)
 
@@ -291,8 +308,8 @@ class RunConfig(Section):
 
 def section_hash(config: RunConfig, sections: Sequence[str]) -> str:
     """Hash of the named sections or values (such as `llm`, `baselines.sasrec` or `evaluation.mask_seen`) and the seed,
-    hex, 64 characters: what decides whether a stage must rerun."""
-    values = config.model_dump(mode="json")
+    hex, 64 characters: what decides whether a stage must rerun. What is marked `HOW_IT_WORKS` is left out."""
+    values = config.shaping_values()
     payload = {"seed": config.seed, **{name: reduce(getitem, name.split("."), values) for name in sections}}
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 

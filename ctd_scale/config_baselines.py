@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from ctd_scale.config_section import EpochsConfig, Fraction, NotNegative, Positive, PositiveFloat, Section
+from ctd_scale.config_section import HOW_IT_WORKS, EpochsConfig, Fraction, NotNegative, Positive, PositiveFloat, Section
 
 
 class ItemKNNConfig(Section):
@@ -55,7 +57,7 @@ class DiscreteConfig(TrainedBaseline):
     validation_users: Positive = 1000
     patience: Positive = 3
     beams: Positive = 50
-    inference_batch: Positive = 64
+    inference_batch: Annotated[Positive, HOW_IT_WORKS] = 64
 
 
 class BaselinesConfig(Section):

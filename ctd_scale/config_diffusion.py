@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ctd_scale.config_section import Count, Fraction, NotNegative, Positive, PositiveFloat, Section
+from ctd_scale.config_section import HOW_IT_WORKS, Count, Fraction, NotNegative, Positive, PositiveFloat, Section
 
 HEADS = 4  # of the attention to the latest items
 
@@ -41,7 +41,7 @@ class DiffusionConfig(Section):
     learning_rate: PositiveFloat = 2e-3
     weight_decay: NotNegative = 1e-4
     ema_decay: Fraction = 0.995
-    checkpoint_every_steps: Positive = 1000
+    checkpoint_every_steps: Annotated[Positive, HOW_IT_WORKS] = 1000
     sampling_steps: Positive = Field(8, description="denoiser calls of a draw; with `distilled` those of its teacher")
     sampler: Literal["ddim", "dpmsolver++", "distilled"] = Field(
         "ddim", description="`distilled`: one call of a student that is taught where DDIM ends"

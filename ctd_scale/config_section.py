@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,10 +13,27 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 
 
+# Marks what says how a stage works and not what it makes: it may change between two runs, and in the middle of one.
+HOW_IT_WORKS = "how it works"
+
+
 class Section(BaseModel):
     """Base of every section: frozen, strict types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    @classmethod
+    def shaping(cls) -> list[str]:
+        """The fields that shape what is made."""
+        return [name for name, field in cls.model_fields.items() if HOW_IT_WORKS not in field.metadata]
+
+    def shaping_values(self) -> dict[str, Any]:
+        """Their values, as JSON has them, also those of sections within."""
+        values = self.model_dump(mode="json")
+        within = {name: getattr(self, name) for name in self.shaping()}
+        return {
+            name: each.shaping_values() if isinstance(each, Section) else values[name] for name, each in within.items()
+        }
 
 
 class EpochsConfig(Section):

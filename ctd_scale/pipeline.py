@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +21,9 @@ from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.baselines.names import DISCRETE, TRAINED, VARIANTS
 from ctd_scale.batches import InteractionLog, NodeArrays, Preferences, Split
 from ctd_scale.checkpoints import discard
-from ctd_scale.config import ConfigError, RunConfig, section_hash
+from ctd_scale.config import ConfigError, LLMConfig, RunConfig, section_hash
 from ctd_scale.config_diffusion import DiffusionConfig
+from ctd_scale.config_section import Section
 from ctd_scale.terminal import console
 
 # What the reader of histories shares with the LLM.
@@ -30,9 +31,14 @@ OF_HISTORY = (
     *("backbone", "max_history", "max_title_tokens", "item_vectors", "preference_dim", "temperature"),
     *("full_softmax_limit", "sampled_negatives"),
 )
-# How a trained denoiser is asked: nothing is learned anew for these.
+# How a trained model is asked: nothing is learned anew for these.
+OF_SPEAKING = ("generate_texts", "text_choices", "text_shortlist", "max_new_tokens")
 OF_ASKING = ("num_draws", "draw_temperature", "error_candidates", "error_evaluations")
+OF_SAMPLING = ("sampler", "sampling_steps", "guidance", "distill_steps")  # but a student learns from its teacher's
 CALIBRATION_USERS = 5000  # whose histories may calibrate the index of the graph
+
+
+Sections = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Stage:
 
     name: str
     make: Callable[[Run, RunConfig, str], object]
-    sections: tuple[str, ...]
+    sections: Sections | Callable[[RunConfig], Sections]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     checkpoints: str = ""
@@ -148,6 +154,18 @@ def _trained(run: Run, config: RunConfig, config_hash: str, *, name: str) -> Non
         train_baseline(name, run, config, config_hash)
 
 
+def _but(section: str, model: type[Section], without: Collection[str]) -> Sections:
+    """What shapes a section, but for these."""
+    return tuple(f"{section}.{name}" for name in model.shaping() if name not in without)
+
+
+def _of_denoiser(config: RunConfig) -> Sections:
+    asked = OF_ASKING if config.diffusion.sampler == "distilled" else (*OF_ASKING, *OF_SAMPLING)
+    return _but("diffusion", DiffusionConfig, asked)
+
+
+OF_LLM = _but("llm", LLMConfig, OF_SPEAKING)
+
 STAGES = (
     Stage("prepare_interactions", _prepare, ("interactions",), (), ("interactions",)),
     Stage("train_graph", _graph, ("graph",), ("interactions",), ("graph", "embeddings", "embeddings_at_test"), "graph"),
@@ -163,7 +181,7 @@ STAGES = (
     Stage(
         "train_llm",
         _llm,
-        ("llm", "history.dropout", "evaluation.mask_seen"),
+        (*OF_LLM, "history.dropout", "evaluation.mask_seen"),
         ("interactions", "embeddings", "tokens", "models/history"),
         ("models/llm",),
         "llm",
@@ -179,7 +197,7 @@ STAGES = (
     Stage(
         "train_diffusion",
         _diffusion,
-        tuple(f"diffusion.{name}" for name in DiffusionConfig.model_fields if name not in OF_ASKING),
+        _of_denoiser,
         ("interactions", "models/llm", "preferences"),
         ("models/diffusion",),
         "diffusion",
@@ -214,9 +232,9 @@ def _baseline(name: str) -> Stage:
     sections: tuple[str, ...] = (f"baselines.{name}", "evaluation.mask_seen")
     inputs: tuple[str, ...] = ("interactions",)
     if name in DISCRETE:  # layers, history and precision are the LLM's
-        inputs, sections = (*inputs, f"codes/{name}"), (*sections, "llm")
+        inputs, sections = (*inputs, f"codes/{name}"), (*sections, *OF_LLM)
     if name in VARIANTS:
-        inputs, sections = ("interactions", "embeddings"), ("llm", "evaluation.mask_seen")
+        inputs, sections = ("interactions", "embeddings"), (*OF_LLM, "evaluation.mask_seen")
     return Stage(f"train_{name}", partial(_trained, name=name), sections, inputs, (f"baselines/{name}",), name)
 
 
@@ -228,7 +246,7 @@ def _codes(run: Run, config: RunConfig, config_hash: str, name: str) -> None:
 
 # TIGER's are of what the LLM says of a title.
 CODES = tuple(
-    Stage(f"assign_codes_{name}", partial(_codes, name=name), ("llm",), ("interactions",), (f"codes/{name}",))
+    Stage(f"assign_codes_{name}", partial(_codes, name=name), OF_LLM, ("interactions",), (f"codes/{name}",))
     for name in DISCRETE
 )
 BASELINES = tuple(_baseline(name) for name in (*TRAINED, *VARIANTS))
@@ -257,7 +275,8 @@ def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:
     else:
         digests = {name: run.fetch(name, verify=False).digest for name in stage.inputs}
     name = f"{stage.name}, revision {stage.revision}" if stage.revision else stage.name
-    payload = json.dumps([name, section_hash(config, stage.sections), digests], sort_keys=True)
+    sections = stage.sections if isinstance(stage.sections, tuple) else stage.sections(config)
+    payload = json.dumps([name, section_hash(config, sections), digests], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
 

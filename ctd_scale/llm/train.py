@@ -235,7 +235,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     users = validation_users(log, config.validation_users, seed)
     step, best = 0, Best()
     validated: dict[str, torch.Tensor] = {}
-    with training.latest_checkpoint(arguments) as folder, zero.opened(folder) as saved:
+    with training.latest_checkpoint(arguments) as folder, zero.opened(folder, config) as saved:
         engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -248,7 +248,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     engine.train()
 
     def write(folder: Path) -> None:
-        zero.save(engine, folder, step)
+        zero.save(engine, folder, step, config)
         if rank == 0:
             best.save(folder)
 

@@ -1,7 +1,7 @@
 """ZeRO: DeepSpeed's configuration in its own words, checkpoints that outlive a change of workers, whole weights.
 
-Every rank writes its part of a checkpoint. Read back by another number of workers, it is first rewritten as DeepSpeed's
-universal checkpoint, which holds every parameter whole.
+Every rank writes its part of a checkpoint. Read back by another number of workers, or where ZeRO parts otherwise, it is
+first rewritten as DeepSpeed's universal checkpoint, which holds every parameter whole.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ctd_scale.llm.model import PreferenceHead
 from ctd_scale.sequence import latest_first
 
 TAG, PROGRESS = "state", "state.json"
+ALIKE = ({1, 2}, {3})  # DeepSpeed names the files of a universal checkpoint otherwise under ZeRO 3
 STALE_SECONDS = 900.0  # compiling takes one or two minutes
 
 
@@ -82,16 +83,33 @@ class Saved:
     universal: bool
 
 
+def layout(config: LLMConfig) -> dict[str, Any]:
+    """Who holds what of a checkpoint. Without ZeRO every worker holds all, however many there are."""
+    if config.zero_stage == 0:
+        return {"zero_stage": 0}
+    return {"zero_stage": config.zero_stage, "offload": config.offload, "workers": training.world_size()}
+
+
 @contextmanager
-def opened(folder: Path | None) -> Iterator[Saved | None]:
-    """A checkpoint in the form that this number of workers can load; every rank must call this."""
+def opened(folder: Path | None, config: LLMConfig) -> Iterator[Saved | None]:
+    """A checkpoint in the form that these workers can load; every rank must call this.
+
+    Raises ValueError where it was written with a stage of ZeRO from which this one cannot go on.
+    """
     if folder is None:
         yield None
         return
     progress = json.loads((folder / PROGRESS).read_text())
-    if progress["workers"] == training.world_size():
+    wanted = layout(config)
+    if progress["layout"] == wanted:
         yield Saved(folder, progress["step"], universal=False)
         return
+    before, now = progress["layout"]["zero_stage"], wanted["zero_stage"]
+    if not any({before, now} <= alike for alike in ALIKE):
+        raise ValueError(
+            f"{folder} was written with llm.zero_stage={before}, from which llm.zero_stage={now} cannot go on; give "
+            f"llm.zero_stage={before} again, or remove the checkpoint to begin anew"
+        )
     # One rank of each machine rewrites it for all that are there.
     name = hashlib.sha256(f"{folder} {progress['step']}".encode()).hexdigest()[:16]
     rewritten = Path(tempfile.gettempdir()) / f"ctd-universal-{name}"
@@ -127,11 +145,11 @@ def make_universal(source: Path, target: Path) -> None:
         )
 
 
-def save(engine: Any, folder: Path, step: int) -> None:
+def save(engine: Any, folder: Path, step: int, config: LLMConfig) -> None:
     """This rank's part of a checkpoint; every rank must call this. Frozen weights are left out."""
     engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
     if training.rank() == 0:
-        (folder / PROGRESS).write_text(json.dumps({"step": step, "workers": training.world_size()}))
+        (folder / PROGRESS).write_text(json.dumps({"step": step, "layout": layout(config)}))
 
 
 def load(engine: Any, saved: Saved) -> None:

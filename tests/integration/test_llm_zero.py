@@ -171,6 +171,7 @@ def several(arguments: dict[str, Any]) -> None:
 
 
 STAGES = (1, 2, 3)
+SPARING = {"accumulation_steps": 2, "gradient_checkpointing": True}
 
 
 def at(stage: int) -> dict[str, Any]:
@@ -197,6 +198,12 @@ ON_ONE = [
     *(Variant(f"two then one, ZeRO {stage}", at(stage), goes_on=f"two, killed, ZeRO {stage}/4") for stage in STAGES),
     *(Variant(f"one, killed, ZeRO {stage}", at(stage), killed_after=4) for stage in STAGES),
     Variant("one then one", at(2), goes_on="one, killed, ZeRO 2/4"),
+    # What is short of memory goes on otherwise.
+    Variant("ZeRO 1 then 2, in parts", {**at(2), **SPARING}, goes_on="one, killed, ZeRO 1/4"),
+    Variant("ZeRO 2 then 1 in host memory", {**at(1), "offload": "optimizer"}, goes_on="one, killed, ZeRO 2/4"),
+    Variant("ZeRO 3 then 3 in host memory", {**at(3), "offload": "parameters"}, goes_on="one, killed, ZeRO 3/4"),
+    Variant("one, killed, ZeRO 0", at(0), killed_after=4),
+    Variant("ZeRO 0 then 0", at(0), goes_on="one, killed, ZeRO 0/4"),
 ]
 ON_TWO_AGAIN = [
     Variant(f"one then two, ZeRO {stage}", at(stage), goes_on=f"one, killed, ZeRO {stage}/4") for stage in STAGES
@@ -252,7 +259,16 @@ def test_what_was_killed_has_gone_on_from_where_it_was(folder: Path) -> None:
             assert steps == [2, 4]
         elif each.goes_on:
             assert steps[0] == 6, "steps before the kill are not made again"
-    assert json.loads((folder / "two, killed, ZeRO 2" / "4" / zero.PROGRESS).read_text()) == {"step": 4, "workers": 2}
+    progress = json.loads((folder / "two, killed, ZeRO 2" / "4" / zero.PROGRESS).read_text())
+    assert progress == {"step": 4, "layout": {"zero_stage": 2, "offload": "none", "workers": 2}}
+
+
+@pytest.mark.parametrize(("before", "now"), [(0, 2), (2, 0), (2, 3), (3, 1)])
+def test_what_cannot_go_on_is_refused(folder: Path, before: int, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "world_size", lambda: 1)
+    saved, config = folder / f"one, killed, ZeRO {before}" / "4", LLMConfig(zero_stage=now)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"llm.zero_stage={before}, from which llm.zero_stage={now} cannot go on"):
+        zero.opened(saved, config).__enter__()
 
 
 def test_without_users_to_validate_the_last_epoch_is_kept(folder: Path, plain: Any) -> None:

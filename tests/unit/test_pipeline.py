@@ -92,6 +92,8 @@ def test_a_baseline_is_trained_again_only_for_what_it_reads(run: Run) -> None:
         ("diffusion.num_draws=7", False),
         ("diffusion.error_evaluations=32", False),
         ("diffusion.contrastive_weight=0", True),
+        ("diffusion.sampling_steps=3", False),
+        ("diffusion.guidance=2.0", False),
         ("diffusion.sampler=distilled", True),
     ],
 )
@@ -103,3 +105,45 @@ def test_a_denoiser_that_is_asked_otherwise_learns_nothing_anew(run: Run, overri
     config, other = load_config("debug"), load_config("debug", [override])
     for stage, changed in stages.items():
         assert (stage_hash(stage, run, config) != stage_hash(stage, run, other)) is changed, stage.name
+
+
+def test_a_student_learns_anew_what_its_teacher_does_otherwise(run: Run) -> None:
+    stage = stage_named("train_diffusion")
+    for artifact in stage.inputs:
+        with run.publish(artifact, config_hash="", inputs={}):
+            pass
+    taught = ["diffusion.sampler=distilled"]
+    key = stage_hash(stage, run, load_config("debug", taught))
+    assert stage_hash(stage, run, load_config("debug", [*taught, "diffusion.sampling_steps=3"])) != key
+    assert stage_hash(stage, run, load_config("debug", [*taught, "diffusion.num_draws=3"])) == key
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "anew"),
+    [
+        ("train_llm", "llm.generate_texts=false", False),
+        ("train_llm", "llm.text_choices=category", False),
+        ("export_preferences", "llm.generate_texts=false", True),
+        ("train_llm", "llm.zero_stage=3", False),
+        ("train_llm", "llm.gradient_checkpointing=true", False),
+        ("train_llm", "llm.checkpoint_every_steps=7", False),
+        ("train_llm", "llm.batch_tokens=7", True),
+        ("train_graph", "graph.streaming=ray_data", False),
+        ("train_graph", "graph.checkpoint_every_steps=7", False),
+        ("train_graph", "graph.batch_size=7", True),
+        ("train_diffusion", "diffusion.checkpoint_every_steps=7", False),
+        ("train_tokenizer", "tokenizer.checkpoint_every_steps=7", False),
+        ("train_tiger", "llm.max_new_tokens=7", False),
+        ("train_tiger", "baselines.tiger.inference_batch=7", False),
+        ("train_tiger", "baselines.tiger.beams=7", True),
+        ("evaluate", "evaluation.chunk_users=7", False),
+        ("evaluate", "evaluation.mask_seen=false", True),
+    ],
+)
+def test_how_a_stage_works_makes_nothing_anew(run: Run, stage: str, override: str, anew: bool) -> None:
+    made = stage_named(stage)
+    for artifact in made.inputs:
+        with run.publish(artifact, config_hash="", inputs={}):
+            pass
+    keys = [stage_hash(made, run, load_config("debug", overrides)) for overrides in ([], [override])]
+    assert (keys[0] != keys[1]) is anew
