@@ -9,6 +9,7 @@ is skipped, and an artifact made from something else is refused.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +29,8 @@ from ctd_scale import __version__
 from ctd_scale.config import RunConfig, load_config
 
 MANIFEST = "manifest.json"
+MANIFEST_KEYS = ("digest", "config_hash", "inputs", "facts", "files")
+LOCK = ".lock"
 SCHEMA_VERSION = 2
 
 # Which command makes which artifact: every refusal names it.
@@ -49,6 +52,10 @@ MAKERS = {
 # What no stage makes, and the command that does.
 COMMANDS = {"latency": "ctd bench latency"}
 RIVALS = ("codes/", "baselines/", "ranks/")
+
+
+# The locks that this process has.
+_held: set[Path] = set()
 
 
 class ArtifactError(ValueError):
@@ -76,12 +83,14 @@ class Run:
     storage: str
     name: str
     cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "ctd-scale" / "artifacts")
+    # By name, what shapes the artifacts that are published: each manifest says it.
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """An existing run, by its folder or URL. Raises ArtifactError where there is none."""
-        storage, _, name = str(path).rstrip("/").rpartition("/")
-        run = cls(storage or ".", name)
+        storage, slash, name = str(path).rstrip("/").rpartition("/")
+        run = cls(storage or slash or ".", name)
         if not run.exists("run.toml"):
             raise ArtifactError(
                 f"no run at {path}: {path}/run.toml does not exist; `ctd run --storage DIR --name RUN` makes one"
@@ -152,13 +161,17 @@ class Run:
             return None
         try:
             manifest: dict[str, Any] = json.loads(self.read_file(f"{name}/{MANIFEST}"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ArtifactError(f"{self.url}/{name}/{MANIFEST} is not JSON ({error}); {_rerun(name)}") from None
+        if not isinstance(manifest, dict):
+            raise ArtifactError(f"{self.url}/{name}/{MANIFEST} is no JSON object; {_rerun(name)}")
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{self.url}/{name} has schema version {manifest.get('schema_version')}, this is ctd-scale "
                 f"{__version__} with schema version {SCHEMA_VERSION}; {_rerun(name)}"
             )
+        if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
+            raise ArtifactError(f"{self.url}/{name}/{MANIFEST} has no {missing[0]!r}; {_rerun(name)}")
         return manifest
 
     def fetch(self, name: str, *, verify: bool = True) -> Artifact:
@@ -210,6 +223,35 @@ class Run:
     # -- writing ---------------------------------------------------------------------------------------------
 
     @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else on this machine makes anything of the run meanwhile; whoever has it may take it again.
+
+        Raises ArtifactError at once where another process has it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        path = self.root / LOCK
+        if path in _held:
+            yield
+            return
+        with path.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise ArtifactError(
+                    f"{self.url} is being made by another process ({lock.read().strip()}); wait until it has ended, or "
+                    "give another --name"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()}")
+            lock.flush()
+            _held.add(path)
+            try:
+                yield
+            finally:
+                _held.discard(path)
+
+    @contextmanager
     def publish(
         self,
         name: str,
@@ -240,6 +282,7 @@ class Run:
                 "artifact": name,
                 "digest": digest,
                 "config_hash": config_hash,
+                "settings": dict(self.settings),
                 "inputs": dict(inputs),
                 "facts": dict(facts or {}),
                 "git_revision": _git_revision(),

@@ -18,13 +18,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ctd_scale.artifacts import Artifact, ArtifactError, Run
+from ctd_scale.artifacts import MANIFEST, Artifact, ArtifactError, Run
 from ctd_scale.batches import ITEM_COLUMNS, read_table, write_table
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.checking import read_catalogue
 from ctd_scale.interactions.quarantine import list_paths
 from ctd_scale.interactions.reading import expand
 from ctd_scale.interactions.schema import ATTRIBUTE, BadInputError, clean_titles
+from ctd_scale.interactions.sources import RawSource, require_item_columns
 
 FOLDER, CURRENT, ITEMS = "changes", "changes/current.json", "items.parquet"
 SCHEMA = pa.schema(
@@ -107,6 +108,19 @@ def read_items(pattern: str, config: InteractionsConfig) -> pa.Table:
     return cleaned.rename_columns([name.removeprefix(ATTRIBUTE) for name in cleaned.column_names])
 
 
+def read_whole_items(run: Run, pattern: str, config: InteractionsConfig) -> pa.Table:
+    """`read_items` of files that say all that the run's catalogue says of an item: what they left out would be lost.
+
+    Raises BadInputError where a column is missing, of categories too if any item of the run has one.
+    """
+    category = read_table(run.fetch("interactions").path / ITEMS)["category"]
+    attributes = {f"{ATTRIBUTE}{name}": name for name in config.attribute_columns}
+    names = {"item": config.item_column, "title": config.title_column, "category": config.category_column}
+    source = RawSource((), tuple(expand(pattern, "--items")), attributes=attributes, **names)
+    require_item_columns(source, categories=bool(pc.any(pc.not_equal(category, "")).as_py()))
+    return read_items(pattern, config)
+
+
 def upsert(run: Run, items: pa.Table) -> Changes:
     """Put items in, or give those that are there another title, category and numbers."""
     rows = items.append_column("deleted", pa.repeat(pa.scalar(False), len(items)))
@@ -160,6 +174,8 @@ def next_version(
     """Publish a version and put it in force; yields its folder, for what else belongs to it. Nobody else may change the
     run at the same time: see `alone`."""
     number = in_force(run)[1] + 1
+    while run.exists(f"{_name(number)}/{MANIFEST}"):  # what was published stays, also where `current.json` is lost
+        number += 1
     facts = {
         "version": number,
         "based_on": before.number,

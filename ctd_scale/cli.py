@@ -98,8 +98,8 @@ def train(
 
     settings = configured(config, overrides, dataset, data_dir, interactions, items)
     run = Run(storage, name or Path(config).stem)
-    run.write_config(settings)
     run_stage(stage_named(STAGE_ALIASES.get(stage, stage)), run, settings)
+    run.write_config(settings)
 
 
 @app.command()
@@ -164,13 +164,15 @@ def plan(
 
 @app.command("evaluate")
 def evaluate_command(run: RunOption, overrides: SetOption = None) -> None:
-    """Rank the withheld items of a run again and print the table."""
+    """Rank the withheld items of a run again and print the table; with other settings than before the fusion weights,
+    which are served, are fitted anew."""
     from ctd_scale.evaluate import print_report, read_reports
     from ctd_scale.pipeline import run_stage, stage_named
 
     opened = Run.open(run)
     settings = opened.read_config(overrides or ())
-    run_stage(stage_named("calibrate_ranking"), opened, settings)
+    if run_stage(stage_named("calibrate_ranking"), opened, settings):
+        console.print("  what is served of this run has these weights from now on", style="yellow", highlight=False)
     run_stage(stage_named("evaluate"), opened, settings)
     for report in read_reports(opened):
         print_report(report)
@@ -256,7 +258,9 @@ def recommend_all_command(
 def serve(
     run: RunOption,
     host: Annotated[str | None, typer.Option(help="default: serving.host, 127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(help="default: serving.port, 8000; 0 = any free one")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="default: serving.port, 8000; 0 = any free one")
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Serve a run over HTTP: POST /v1/recommend, GET /healthz, /docs. SIGHUP: serve what --run leads to by then."""
@@ -287,8 +291,10 @@ def data(
         dataset = "ml-100k"
     settings = configured(None, overrides, dataset, data_dir, interactions, items)
     run = Run(storage, name)
-    run.write_config(settings)
     run_stage(stage_named("prepare_interactions"), run, settings)
+    if run.exists("run.toml"):  # the other stages' settings stay what they are
+        settings = run.read_config().model_copy(update={"interactions": settings.interactions})
+    run.write_config(settings)
     facts = run.fetch("interactions").manifest["facts"]
     console.print_json(json.dumps(facts))
 
@@ -330,9 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment.set_defaults()
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="ctd")
-    except (ValueError, TrainingError) as error:
+    except (ValueError, TrainingError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        sys.exit(1 if isinstance(error, TrainingError) else 2)
 
 
 def run_job(stage: str) -> None:

@@ -16,14 +16,16 @@ index = typer.Typer(help="Change the catalogue of a run, also while it is served
 @index.command()
 def upsert(
     run: RunOption,
-    items: Annotated[str, typer.Option(help="file, folder, glob or URL with item_id, title, category")],
+    items: Annotated[str, typer.Option(help="file, folder, glob or URL with item_id, title, category and the numbers")],
 ) -> None:
-    """Put items in, or give those that are there another title and category. What serves the run follows at once."""
-    from ctd_scale.changes import read_items
+    """Put items in, or give those that are there another title, category and numbers. What serves the run follows at
+    once."""
+    from ctd_scale.changes import read_whole_items
     from ctd_scale.changes import upsert as put_in
 
     opened = Run.open(run)
-    console.print(put_in(opened, read_items(items, opened.read_config().interactions)).summary, highlight=False)
+    rows = read_whole_items(opened, items, opened.read_config().interactions)
+    console.print(put_in(opened, rows).summary, highlight=False)
 
 
 @index.command()

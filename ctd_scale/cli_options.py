@@ -42,7 +42,11 @@ def overriding(
 ) -> list[str]:
     """The options as `stage.key=value`; `--set` comes last, and wins."""
     sources = {"data_dir": data_dir, "interactions": interactions, "items": items}
-    chosen = [f"interactions.{key}={json.dumps(value)}" for key, value in sources.items() if value is not None]
+    chosen = [
+        f"interactions.{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in sources.items()
+        if value is not None
+    ]
     if dataset is not None:
         chosen.append(f"interactions.dataset={dataset}")
     elif interactions is not None or items is not None:

@@ -306,11 +306,16 @@ class RunConfig(Section):
         return self
 
 
-def section_hash(config: RunConfig, sections: Sequence[str]) -> str:
-    """Hash of the named sections or values (such as `llm`, `baselines.sasrec` or `evaluation.mask_seen`) and the seed,
-    hex, 64 characters: what decides whether a stage must rerun. What is marked `HOW_IT_WORKS` is left out."""
+def section_values(config: RunConfig, sections: Sequence[str]) -> dict[str, Any]:
+    """The named sections or values (such as `llm`, `baselines.sasrec` or `evaluation.mask_seen`), as JSON has them,
+    without what is marked `HOW_IT_WORKS`."""
     values = config.shaping_values()
-    payload = {"seed": config.seed, **{name: reduce(getitem, name.split("."), values) for name in sections}}
+    return {name: reduce(getitem, name.split("."), values) for name in sections}
+
+
+def section_hash(config: RunConfig, sections: Sequence[str]) -> str:
+    """Hash of `section_values` and the seed, hex, 64 characters: what decides whether a stage must rerun."""
+    payload = {"seed": config.seed, **section_values(config, sections)}
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 
@@ -347,7 +352,7 @@ def resolve_config(path: str | Path) -> Path:
         return given
     shipped = Path(__file__).resolve().parent.parent / "jobs" / "configs"
     named = shipped / f"{given.name.removesuffix('.toml')}.toml"
-    if named.is_file():
+    if given.name == str(path) and named.is_file():
         return named
     names = ", ".join(sorted(file.stem for file in shipped.glob("*.toml")))
     raise ConfigError(f"config {str(path)!r} is neither a file nor a shipped config; shipped: {names}")

@@ -116,7 +116,7 @@ def apply_changes(base: Base, changes: Changes) -> Live:
         return Live(base.catalogue, base.places, base.retriever, base.graph, base.read_as)
     ids, titles, categories, gone = (changes.table[name].to_pylist() for name in (*ITEM_COLUMNS, "deleted"))
     known = [base.places.get(item_id) for item_id in ids]
-    new = [row for row, place in enumerate(known) if place is None and not gone[row]]
+    new = [row for row, place in enumerate(known) if place is None]  # also what is gone: histories may name it
     size = len(base.catalogue)
     added = Catalogue([ids[row] for row in new], [titles[row] for row in new], [categories[row] for row in new])
     catalogue = Catalogue(
@@ -127,6 +127,7 @@ def apply_changes(base: Base, changes: Changes) -> Live:
     )
     worded = list(range(size, size + len(new)))
     deleted = np.zeros(len(catalogue), bool)
+    deleted[size:] = [gone[row] for row in new]
     for row, place in enumerate(known):
         if place is None:
             continue

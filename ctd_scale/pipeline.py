@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.baselines.names import DISCRETE, TRAINED, VARIANTS
 from ctd_scale.batches import InteractionLog, NodeArrays, Preferences, Split
 from ctd_scale.checkpoints import discard
-from ctd_scale.config import ConfigError, LLMConfig, RunConfig, section_hash
+from ctd_scale.config import ConfigError, LLMConfig, RunConfig, section_hash, section_values
 from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.config_section import Section
 from ctd_scale.terminal import console
@@ -262,6 +262,11 @@ def stage_named(name: str) -> Stage:
     raise ConfigError(f"no stage {name!r}; stages: {', '.join(known)}")
 
 
+def sections_of(stage: Stage, config: RunConfig) -> Sections:
+    """What of the config shapes what the stage makes."""
+    return stage.sections if isinstance(stage.sections, tuple) else stage.sections(config)
+
+
 def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:
     """What the stage's artifacts depend on: its sections of the config and the content of its inputs.
 
@@ -275,8 +280,7 @@ def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:
     else:
         digests = {name: run.fetch(name, verify=False).digest for name in stage.inputs}
     name = f"{stage.name}, revision {stage.revision}" if stage.revision else stage.name
-    sections = stage.sections if isinstance(stage.sections, tuple) else stage.sections(config)
-    payload = json.dumps([name, section_hash(config, sections), digests], sort_keys=True)
+    payload = json.dumps([name, section_hash(config, sections_of(stage, config)), digests], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
 
@@ -295,16 +299,18 @@ def is_current(stage: Stage, run: Run, key: str) -> bool:
 
 
 def run_stage(stage: Stage, run: Run, config: RunConfig) -> bool:
-    """Make what the stage makes, unless it is current. Returns whether it ran."""
-    key = stage_hash(stage, run, config)
-    if is_current(stage, run, key):
-        console.print(f"[green]✓[/] {stage.name} [dim]unchanged[/]")
-        return False
-    console.print(f"[bold]▶ {stage.name}[/]")
-    started = time.perf_counter()
-    stage.make(run, config, key)
-    if stage.checkpoints:
-        discard(run.checkpoints, stage.checkpoints)
+    """Make what the stage makes, unless it is current. Returns whether it ran. Raises ArtifactError where another
+    process makes something of this run."""
+    with run.alone():
+        key = stage_hash(stage, run, config)
+        if is_current(stage, run, key):
+            console.print(f"[green]✓[/] {stage.name} [dim]unchanged[/]")
+            return False
+        console.print(f"[bold]▶ {stage.name}[/]")
+        started = time.perf_counter()
+        stage.make(replace(run, settings=section_values(config, sections_of(stage, config))), config, key)
+        if stage.checkpoints:
+            discard(run.checkpoints, stage.checkpoints)
     console.print(f"[green]✓[/] {stage.name} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
     return True
 
@@ -320,12 +326,16 @@ def run_with_inputs(stages: Iterable[Stage], run: Run, config: RunConfig) -> Non
         run_stage(stage, run, config)
         done.add(stage.name)
 
-    for stage in stages:
-        make(stage)
+    with run.alone():
+        for stage in stages:
+            make(stage)
 
 
 def run_pipeline(run: Run, config: RunConfig) -> None:
-    """All stages, in order."""
-    run.write_config(config)
-    for stage in STAGES:
-        run_stage(stage, run, config)
+    """All stages, in order. A log that cannot be used leaves the config of the run as it was."""
+    first, *others = STAGES
+    with run.alone():
+        run_stage(first, run, config)
+        run.write_config(config)
+        for stage in others:
+            run_stage(stage, run, config)

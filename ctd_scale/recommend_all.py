@@ -59,7 +59,8 @@ def recommend_all(run: Run, out: str, order: Order) -> int:
         raise ValueError(f"--k {order.k}: expected at least 1")
     if order.model and order.explain:
         raise ValueError(f"--explain needs the chain; {order.model} says nothing")
-    version = baseline_version(run, order.model) if order.model else version_of(load_artifacts(run), read_changes(run))
+    changes = read_changes(run)
+    version = baseline_version(run, order.model) if order.model else version_of(load_artifacts(run), changes)
     users = InteractionLog.load(run.fetch("interactions").path).num_users
     asked = {"version": version, **asdict(order), "users": users, "users_per_part": PART_USERS}
     filesystem, root = fsspec.url_to_fs(out)
@@ -72,7 +73,14 @@ def recommend_all(run: Run, out: str, order: Order) -> int:
     config, count = run.read_config(), -(-users // PART_USERS)
     write_parts(
         RecommendPart,
-        {"storage": run.storage, "name": run.name, "order": asdict(order), "part_users": PART_USERS},
+        {
+            "storage": run.storage,
+            "name": run.name,
+            "order": asdict(order),
+            "part_users": PART_USERS,
+            "version": version,
+            "changes": changes.number,
+        },
         count,
         out,
         stage="recommend_all",
@@ -91,12 +99,18 @@ def _require_same(out: str, asked: dict[str, Any], found: dict[str, Any]) -> Non
 
 
 class RecommendPart:
-    """The chain in one actor, and the users of one part after the other."""
+    """The chain in one actor, and the users of one part after the other. Raises ValueError where the run is no longer
+    of this version; what was changed in its catalogue since is left out."""
 
-    def __init__(self, storage: str, name: str, order: dict[str, Any], part_users: int) -> None:
+    def __init__(
+        self, storage: str, name: str, order: dict[str, Any], part_users: int, version: str, changes: int
+    ) -> None:
         self._order, self._part_users, run = Order(**order), part_users, Run(storage, name)
         self._chunk_users = run.read_config().evaluation.chunk_users
-        self._recommender = BaselineRecommender(run, self._order.model) if self._order.model else Recommender(run)
+        model = self._order.model
+        self._recommender = BaselineRecommender(run, model) if model else Recommender(run, changes=changes)
+        if self._recommender.version != version:
+            raise ValueError(f"{run.url} is version {self._recommender.version} by now, and not {version}; start again")
 
     def table(self, part: int) -> pa.Table:
         """(user_id, item_ids, scores, text) of the part's users, by user index."""

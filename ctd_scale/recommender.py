@@ -11,17 +11,18 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
 from numpy import ndarray
 
-from ctd_scale.artifacts import Artifact, Run
+from ctd_scale.artifacts import Artifact, ArtifactError, Run
 from ctd_scale.baselines.scorers import KNOWS_USERS, SCORERS, trained_artifact
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Ranking, Split, load_rankings
 from ctd_scale.candidates import RetrieveStep
 from ctd_scale.changes import NO_CHANGES, Changes, read_changes
-from ctd_scale.config import RunConfig
+from ctd_scale.config import RunConfig, section_values
 from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.live import Live, apply_changes, load_base
 from ctd_scale.llm.inference import PreferenceModel
@@ -95,15 +96,17 @@ def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 class Recommender:
-    """The three steps, loaded from one run's artifacts and what was changed since in its catalogue; with another config
-    than the run's, or another effort of its indexes, where one is given."""
+    """The three steps, loaded from one run's artifacts and what was changed since in its catalogue (as of `changes`, or
+    until now); with another config than the run's, or another effort of its indexes, where one is given."""
 
-    def __init__(self, run: Run, config: RunConfig | None = None, effort: float = 1.0) -> None:
-        artifacts, changes = load_artifacts(run), read_changes(run)
+    def __init__(
+        self, run: Run, config: RunConfig | None = None, effort: float = 1.0, changes: int | None = None
+    ) -> None:
+        artifacts, changed = load_artifacts(run), read_changes(run, changes)
         self.config = config or run.read_config()
-        self.version = version_of(artifacts, changes)
+        self.version = version_of(artifacts, changed)
         self.preference = load_preference(artifacts, self.config)
-        self._live = apply_changes(load_base(run, artifacts, changes), changes)
+        self._live = apply_changes(load_base(run, artifacts, changed), changed)
         self.log = InteractionLog.load(artifacts["interactions"].path, self._live.catalogue)
         self.rank = load_rank(artifacts, self.config, self._live, effort)
 
@@ -209,12 +212,30 @@ def baseline_version(run: Run, name: str) -> str:
     return f"{name}-{run.fetch(trained_artifact(name) or 'interactions').digest[:12]}"
 
 
+def require_made_with(artifact: Artifact, config: RunConfig, section: str) -> None:
+    """Refuse settings with which a model would be read otherwise than it was trained; its precision may differ.
+
+    Raises ArtifactError naming the first of them.
+    """
+    made: Mapping[str, Any] = artifact.manifest.get("settings", {})  # what no stage made says nothing
+    names = [name for name in made if name.startswith(f"{section}.") and name != "llm.dtype"]
+    now = section_values(config, names)
+    if other := [name for name in names if now[name] != made[name]]:
+        name = other[0]
+        raise ArtifactError(
+            f"{artifact.path} was made with {name}={made[name]!r}, and now the config of the run says {now[name]!r}; "
+            f"finish `ctd run` with that config, or give --set {name}={json.dumps(made[name])}"
+        )
+
+
 def load_preference(artifacts: Mapping[str, Artifact], config: RunConfig) -> PreferenceModel:
+    require_made_with(artifacts["models/llm"], config, "llm")
     catalogue, tokens = Catalogue.load(artifacts["interactions"].path), NodeArrays.load(artifacts["tokens"].path)
     return PreferenceModel(artifacts["models/llm"].path, tokens, catalogue, config.llm)
 
 
 def load_density(artifacts: Mapping[str, Artifact], config: RunConfig) -> DensityModel:
+    require_made_with(artifacts["models/diffusion"], config, "diffusion")
     return DensityModel(artifacts["models/diffusion"].path, config.llm.preference_dim, config.diffusion, config.seed)
 
 

@@ -35,6 +35,9 @@ from ctd_scale.interactions.split import time_cuts, withheld_users
 from ctd_scale.terminal import console
 from ctd_scale.training import shown_progress, start_ray, write_progress
 
+# Of the years 1 to 9999, which dates have.
+FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_800
+
 
 @dataclass(frozen=True)
 class PrepareReport:
@@ -218,7 +221,9 @@ def _require_targets(log: InteractionLog) -> None:
 
 
 def as_date(microseconds: int) -> str:
-    """ISO 8601, UTC."""
+    """ISO 8601, UTC; of what is in no calendar, the seconds."""
+    if not FIRST_SECOND <= microseconds / 1e6 < LAST_SECOND:
+        return f"{microseconds / 1e6:g} s after 1970 (were the times given in milliseconds?)"
     return datetime.fromtimestamp(microseconds / 1e6, tz=timezone.utc).isoformat(timespec="seconds")
 
 

@@ -118,7 +118,7 @@ def clean_titles(items: pa.Table, max_chars: int) -> tuple[pa.Table, int, int]:
 
 
 def as_text(values: pa.Array) -> pa.Array:
-    """Any column as text: the numbers 5 and 5.0 are "5"; empty text, NaN and invalid UTF-8 are null.
+    """Any column as text: the numbers 5, 5.0 and the decimal 5.00 are "5"; empty text, NaN and invalid UTF-8 are null.
 
     Nothing is stripped. Raises BadInputError for nested types other than lists of text.
     """
@@ -126,6 +126,8 @@ def as_text(values: pa.Array) -> pa.Array:
         values = values.dictionary_decode()
     if pa.types.is_floating(values.type):
         return _float_text(values.cast(pa.float64()))
+    if pa.types.is_decimal(values.type):
+        return _decimal_text(values)
     try:
         if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
             values = pc.binary_join(values.cast(pa.list_(pa.string())), " ")
@@ -199,6 +201,12 @@ def _bounded(seconds: pa.Array) -> pa.Array:
     low, high = (pa.scalar(limit, seconds.type) for limit in (-MAX_SECONDS, MAX_SECONDS))
     inside = pc.and_(pc.greater_equal(seconds, low), pc.less_equal(seconds, high))
     return pc.if_else(inside, seconds, None)
+
+
+def _decimal_text(values: pa.Array) -> pa.Array:
+    text = values.cast(pa.string())
+    fraction = pc.match_substring(text, ".")
+    return pc.if_else(fraction, pc.utf8_rtrim(pc.utf8_rtrim(text, "0"), "."), text)
 
 
 def _float_text(values: pa.Array) -> pa.Array:

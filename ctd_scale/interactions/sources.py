@@ -76,15 +76,9 @@ def resolve_columns(source: RawSource) -> dict[str, str]:
         _require_column(path, present, source.user, "user_column")
         _require_column(path, present, source.item, "item_column")
         _require_column(path, present, order, "order_column")
-    for path in source.items:
-        present = columns_of(path)
-        _require_column(path, present, source.item, "item_column")
-        _require_column(path, present, source.title, "title_column")
-        # Not every catalogue has categories; one that was asked for by name must be there.
-        if source.category != RawSource.category:
-            _require_column(path, present, source.category, "category_column")
-        for column in source.attributes.values():
-            _require_column(path, present, column, "attribute_columns")
+        _require_once(path, present, source.rating)
+    # Not every catalogue has categories; one that was asked for by name must be there.
+    require_item_columns(source, categories=source.category != RawSource.category)
     return {
         "user": source.user,
         "item": source.item,
@@ -95,7 +89,26 @@ def resolve_columns(source: RawSource) -> dict[str, str]:
     }
 
 
+def require_item_columns(source: RawSource, *, categories: bool) -> None:
+    """Raises BadInputError naming the column that a file of the catalogue lacks, or has twice."""
+    for path in source.items:
+        present = columns_of(path)
+        _require_column(path, present, source.item, "item_column")
+        _require_column(path, present, source.title, "title_column")
+        if categories:
+            _require_column(path, present, source.category, "category_column")
+        _require_once(path, present, source.category)
+        for column in source.attributes.values():
+            _require_column(path, present, column, "attribute_columns")
+
+
+def _require_once(path: str, present: Sequence[str], column: str) -> None:
+    if present.count(column) > 1:
+        raise BadInputError(f"{path} has {present.count(column)} columns {column!r}; rename all but one of them")
+
+
 def _require_column(path: str, present: Sequence[str], column: str, key: str) -> None:
+    _require_once(path, present, column)
     if column not in present:
         raise BadInputError(
             f"{path} has no column {column!r}; its columns: {_names(present)}; "

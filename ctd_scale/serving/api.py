@@ -11,6 +11,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import ValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
@@ -144,11 +145,14 @@ def make_api(backend: Backend, config: ServingConfig) -> FastAPI:
         if len(request.requests) > config.max_requests:
             raise RequestError(f"requests: {len(request.requests)}, expected at most {config.max_requests}")
 
-        async def one(request: RecommendRequest) -> dict[str, Any]:
+        async def one(given: object) -> dict[str, Any]:
             try:
+                request = RecommendRequest.model_validate(given)
                 check_limits(request, config)
                 limit = allowed_seconds(request.deadline_ms, config)
                 return (await asyncio.wait_for(backend.recommend(request), limit)).body
+            except ValidationError as error:
+                return {"error": _encodable("; ".join(map(_described, error.errors()[:MAX_PROBLEMS])))}
             except RequestError as error:
                 return {"error": _encodable(str(error))}
             except asyncio.TimeoutError:
@@ -192,7 +196,7 @@ def _add_page(api: FastAPI) -> None:
 def allowed_seconds(deadline_ms: int | None, config: ServingConfig) -> float:
     """How long an answer may take: as the request says, and never longer than the server allows."""
     own = config.request_timeout_s
-    return own if deadline_ms is None else min(own, deadline_ms / 1000)
+    return own if deadline_ms is None else min(own * 1000, deadline_ms) / 1000
 
 
 def check_limits(request: RecommendRequest, config: ServingConfig) -> None:
@@ -219,14 +223,17 @@ def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(RequestValidationError)
     async def invalid(_: Request, raised: RequestValidationError) -> JSONResponse:
         problems = raised.errors()
+        if isinstance(raised.body, bytes):
+            return _error(422, "body: expected JSON with the header Content-Type: application/json")
         if any(problem["type"] == "json_invalid" for problem in problems):
             return _error(400, f"body: not JSON at character {problems[0]['loc'][-1]}")
         # What was sent is not repeated: it may be huge, and it may hold what JSON cannot.
         return _error(422, "; ".join(map(_described, problems[:MAX_PROBLEMS])))
 
 
-def _described(problem: dict[str, Any]) -> str:
-    field = ".".join(str(part) for part in problem["loc"][1:]) or "body"
+def _described(problem: Any) -> str:
+    # FastAPI puts "body" before the place within it.
+    field = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
     return f"{field[:MAX_CHARS]}: {problem['msg']}"
 
 

@@ -91,27 +91,29 @@ def serve_run(open_run: Callable[[], tuple[Run, RunConfig]], *, host: str, port:
         console.print(f"serving {source.run.url} at {url} (docs at {url}/docs)", highlight=False, soft_wrap=True)
         _say_tuned(source)
         if blocking:
-            _wait_for_signal(lambda: swap(*open_run(), url))
+            _wait_for_signal(lambda called: swap(*open_run(), url, called))
         else:
             undo.pop_all()
     return url
 
 
-def swap(run: Run, config: RunConfig, url: str) -> str:
+def swap(run: Run, config: RunConfig, url: str, called_off: Callable[[], bool] = lambda: False) -> str:
     """Serve another run, or the same one with other artifacts, without a pause; returns the version.
 
     Every replica loads it beside what it serves and then begins with it. The limits of `[serving]` stay those that the
-    server was started with. Raises ArtifactError as `source_of` does, RuntimeError where it is not served in time.
+    server was started with. Raises ArtifactError as `source_of` does, RuntimeError where a replica cannot load it or it
+    is not served in time, or called off.
     """
     source = _ask_coordinator("publish", source_of(run, config))
-    deadline = time.monotonic() + SWAP_TIMEOUT_S
+    models, deadline = source.models, time.monotonic() + SWAP_TIMEOUT_S
     while (served := _served_version(url)) != source.version:
         # Its catalogue may have been changed meanwhile.
         source = _ask_coordinator("current", source)
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"still serving version {served}; logs/serving of the run that was served first says why"
-            )
+        if source.models != models:
+            raise RuntimeError(f"a replica could not load it; serving version {source.version}: {source.instead_of}")
+        if time.monotonic() > deadline or called_off():
+            said = "called off" if called_off() else "logs/serving of the run that was served first says why"
+            raise RuntimeError(f"still serving version {served}; {said}")
         time.sleep(0.2)
     _say_tuned(source)
     return source.version
@@ -204,8 +206,9 @@ def _wait_until_ready(url: str) -> None:
         time.sleep(0.05)
 
 
-def _wait_for_signal(reload: Callable[[], str]) -> None:
-    """Until Ctrl-C or SIGTERM, of which the second one is not waited for; `reload` at every SIGHUP."""
+def _wait_for_signal(reload: Callable[[Callable[[], bool]], str]) -> None:
+    """Until Ctrl-C or SIGTERM, of which the second one is not waited for; `reload` at every SIGHUP, which is told
+    whether another signal has come."""
     woken, ending = threading.Event(), threading.Event()
 
     def end(*_: object) -> None:
@@ -217,7 +220,7 @@ def _wait_for_signal(reload: Callable[[], str]) -> None:
     while woken.wait() and not ending.is_set():
         woken.clear()
         try:
-            console.print(f"now serving version {reload()}", highlight=False)
+            console.print(f"now serving version {reload(woken.is_set)}", highlight=False)
         except (ValueError, RuntimeError, OSError) as error:  # what is served goes on being served
             console.print(f"not swapped: {error}", style="red", highlight=False, soft_wrap=True)
     for number, handler in {**stops, signal.SIGHUP: before}.items():

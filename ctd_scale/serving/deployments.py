@@ -29,7 +29,7 @@ from ctd_scale.config_serving import ServingConfig
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.recommender import READ_FOR_PREFERENCE, Recommendation, excluded_items, load_preference, timed
 from ctd_scale.retrieval.boosts import Boosts
-from ctd_scale.serving.api import Answered, make_api
+from ctd_scale.serving.api import UNAVAILABLE, Answered, make_api
 from ctd_scale.serving.middleware import Record, access_log
 from ctd_scale.serving.picture import flattened
 from ctd_scale.serving.probe import Probe, Searched, keep_probing
@@ -40,6 +40,8 @@ from ctd_scale.serving.step import Step, Versions, result_of
 from ctd_scale.serving.telemetry import CACHE_HIT
 
 SEND_RECORDS_S = 0.5
+# What passes: nobody is there to answer just now, or all are busy.
+TRANSIENT = (BackPressureError, asyncio.TimeoutError, *UNAVAILABLE)
 FOLLOW_S = 0.25  # how soon a replica learns of another version
 LOG_BYTES, LOG_FILES = 50_000_000, 4
 
@@ -148,7 +150,7 @@ class App(Step):
 
     async def _follow(self) -> None:
         """Serve what the coordinator says, as soon as all of it is there. A queue that is full or a process that is
-        away is asked again; what cannot be loaded is not."""
+        away is asked again; what cannot be loaded is not, and the coordinator is told."""
         refused = 0
         while True:
             await asyncio.sleep(FOLLOW_S)
@@ -160,10 +162,13 @@ class App(Step):
                     if source.models != self._release.source.models:
                         await self._preference.preference.remote((source.models, np.zeros(1, np.int32)))
                     self._release = release
+            except TRANSIENT:
+                serving_log.exception("still serving version %s", self.version)
             except Exception as error:
                 serving_log.exception("still serving version %s", self.version)
-                if isinstance(error, ValueError | OSError):
-                    refused = source.number
+                refused = source.number
+                if source.models != self._release.source.models:
+                    self._coordinator.refuse.remote(source, repr(error).split("\\n")[0])
 
     async def _opened(self, source: Source, before: Release | None = None) -> Release:
         await self._shards.load(source.index)

@@ -55,6 +55,7 @@ class Source:
     built: int = 0
     number: int = 0
     tuned: Row | None = None
+    instead_of: str = ""  # why another one, which was to take its place, is not served
 
     @property
     def index(self) -> Index:
@@ -63,7 +64,7 @@ class Source:
 
     def same_but_for_changes(self, other: Source) -> bool:
         """Whether the other is the same run with the same models and settings, whatever its catalogue has become."""
-        mine, its = (replace(each, version="", changes=0, built=0, number=0) for each in (self, other))
+        mine, its = (replace(each, version="", changes=0, built=0, number=0, instead_of="") for each in (self, other))
         return mine == its
 
     def artifacts(self, read: Collection[str]) -> dict[str, Artifact]:
@@ -187,6 +188,12 @@ class Coordinator:
         """Serve this from now on."""
         self._keep(replace(source, number=self._sources[-1].number + 1))
         return self._sources[-1]
+
+    async def refuse(self, refused: Source, why: str) -> None:
+        """A replica cannot load this: what was served before it goes on, for replicas, too, that start later."""
+        if refused.number == self._sources[-1].number and len(self._sources) > 1:
+            before = self._sources[-2]
+            self._sources = [replace(before, number=refused.number + 1, instead_of=why)]
 
     async def source(self, models: str) -> Source:
         """Where the models of a version lie. Raises ArtifactError where they are served no more."""

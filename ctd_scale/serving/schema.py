@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int32
 from numpy import ndarray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.recommender import Recommendation
@@ -104,7 +104,8 @@ class ErrorResponse(_Strict):
 class BatchRequest(_Strict):
     """Several requests, answered together."""
 
-    requests: list[RecommendRequest] = Field(min_length=1, description="at most serving.max_requests")
+    # Each is checked by itself, so that one that is wrong spoils no other.
+    requests: list[SkipValidation[RecommendRequest]] = Field(min_length=1, description="at most serving.max_requests")
 
 
 class BatchResponse(_Strict):

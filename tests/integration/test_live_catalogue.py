@@ -105,7 +105,14 @@ def test_an_item_put_in_and_taken_out_leaves_nothing(run: Run) -> None:
     before = Recommender(run)
     upsert(run, items(("new", "Golden River", CATEGORIES[0])))
     delete(run, ["new"])
-    assert ids_of(Recommender(run)) == ids_of(before)
+    after = Recommender(run)
+    assert ids_of(after) == ids_of(before)
+    directory = Directory(after.log)
+    history = directory.history(history=["new", "i5"])  # clients may name it for long
+    assert len(after.recommend([history], 5)[0].items) == 5
+    assert directory.item("new") in directory.excluded(items=["new"])
+    upsert(run, items(("new", "Golden River", CATEGORIES[0])))
+    assert "new" in ids_of(Recommender(run))
 
 
 def test_rolled_back_is_as_before_and_versions_stay(run: Run) -> None:
@@ -220,6 +227,31 @@ def test_a_damaged_version_and_a_damaged_pointer_are_named(run: Run) -> None:
     (run.root / CURRENT).write_text("3")
     with pytest.raises(ArtifactError, match=r"changes/current\.json holds '3'"):
         Recommender(run)
+
+
+def test_what_was_published_stays_where_the_pointer_is_lost(run: Run) -> None:
+    for item in ("a", "b"):
+        upsert(run, items((item, "Red Empire", "drama")))
+    kept = (run.root / "changes/000001/manifest.json").read_text()
+    (run.root / CURRENT).unlink()
+    assert upsert(run, items(("c", "Red Empire", "drama"))).number == 3
+    assert (run.root / "changes/000001/manifest.json").read_text() == kept
+    assert set(ids_of(Recommender(run))) & {"a", "b", "c"} == {"c"}
+    assert "b" in roll_back(run, 2).table["item_id"].to_pylist()
+
+
+@pytest.mark.parametrize("missing", ["title", "category", "price"])
+def test_what_a_file_does_not_say_is_not_lost(
+    run: Run, tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.write_config(run.read_config(['interactions.attribute_columns=["price"]']))
+    values = {"item_id": "i3", "title": "Renamed", "category": "drama", "price": "2"}
+    kept = {name: value for name, value in values.items() if name != missing}
+    (tmp_path / "new.csv").write_text(",".join(kept) + "\n" + ",".join(kept.values()) + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["index", "upsert", "--run", str(run.root), "--items", str(tmp_path / "new.csv")])
+    assert f"new.csv has no column '{missing}'" in capsys.readouterr().err
+    assert in_force(run) == (0, 0)
 
 
 def test_a_bad_row_stops_the_whole_change(run: Run, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import ray
 from ctd_scale.artifacts import Run, file_digest
 from ctd_scale.batches import SPLITS, InteractionLog, read_table
 from ctd_scale.config import InteractionsConfig
-from ctd_scale.interactions.prepare import PrepareReport, prepare_interactions
+from ctd_scale.interactions.prepare import PrepareReport, as_date, prepare_interactions
 from ctd_scale.interactions.schema import BadInputError
 from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.interactions.sources import input_digests
@@ -335,6 +335,12 @@ def test_what_cannot_be_learned_from_is_refused(
     with pytest.raises(BadInputError, match=message):
         prepare(run, {**values, **changes})
     assert run.manifest("interactions") is None
+
+
+def test_milliseconds_are_asked_about() -> None:
+    assert as_date(0) == "1970-01-01T00:00:00+00:00"
+    assert as_date(-86_400_000_000) == "1969-12-31T00:00:00+00:00"
+    assert "milliseconds?" in as_date(1_700_000_000_000 * 1_000_000)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("recbole") is None, reason="the recbole wheel brings the data")

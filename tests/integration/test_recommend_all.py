@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny_run import LOST_USER, make_tiny_run
+from tiny_run import ITEMS, LOST_USER, make_tiny_run
 
 from ctd_scale import recommend_all as module
 from ctd_scale.artifacts import Run
+from ctd_scale.changes import delete
 from ctd_scale.parts import part_name
 from ctd_scale.recommend_all import MANIFEST, Order, recommend_all
 from ctd_scale.recommender import BaselineRecommender, Recommender
@@ -82,6 +84,26 @@ def test_a_second_start_makes_what_is_missing(
     assert {part: (out / part).stat().st_mtime_ns for part in kept} == kept
     assert [row for part in parts for row in pq.read_table(out / part).to_pylist()] == rows
     assert sorted(path.name for path in out.iterdir()) == sorted([MANIFEST, "order.json", *parts])
+
+
+def test_what_is_changed_meanwhile_is_left_out(
+    run: Run, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.root, tmp_path / "tiny")
+    own, write, out = Run(str(tmp_path), "tiny"), module.write_parts, tmp_path / "out"
+    before = Recommender(own)
+
+    def changed_first(*arguments: Any, **options: Any) -> None:
+        delete(own, ["i0", "i1"])
+        write(*arguments, **options)
+
+    monkeypatch.setattr(module, "write_parts", changed_first)
+    recommend_all(own, str(out), Order(k=ITEMS, exclude_seen=False))
+    rows = pq.read_table(out / part_name(0)).to_pylist()
+    assert json.loads((out / MANIFEST).read_text())["version"] == before.version != Recommender(own).version
+    assert {"i0", "i1"} <= set(rows[0]["item_ids"])
+    with pytest.raises(ValueError, match=f"is version {before.version} by now, and not other"):
+        module.RecommendPart(own.storage, own.name, {}, 10, "other", 0)
 
 
 def test_another_order_or_version_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

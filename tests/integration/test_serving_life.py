@@ -143,6 +143,13 @@ def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
     assert after in versions
     assert f'ctd_version_info{{version="{before}"}} 1.0' in server.client.get("/metrics").text
 
+    # What cannot be loaded is said so at once, by whatever it fails.
+    misled = make_tiny_run(tmp_path_factory.mktemp("misled"), seed=2)
+    misled.write_config(misled.read_config(["llm.preference_dim=32"]))
+    lead_to(misled.root)
+    assert said().startswith(f"not swapped: a replica could not load it; serving version {before}: ")
+    assert server.post(user_id="u1").json()["version"] == before
+
     lead_to(run.root.parent / "nowhere")
     assert said().startswith("not swapped: no run at current")
     assert server.post(user_id="u1").json()["version"] == before

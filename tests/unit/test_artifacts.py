@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,12 @@ def test_a_damaged_manifest_or_another_schema_is_refused(run: Run) -> None:
     path.write_text("{")
     with pytest.raises(ArtifactError, match=r"manifest\.json is not JSON .*rerun train_llm"):
         run.fetch("models/llm")
+    path.write_text("[]")
+    with pytest.raises(ArtifactError, match=r"manifest\.json is no JSON object; rerun train_llm"):
+        run.fetch("models/llm")
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name != "files"}))
+    with pytest.raises(ArtifactError, match=r"manifest\.json has no 'files'; rerun train_llm"):
+        run.fetch("models/llm")
     path.write_text(json.dumps({**manifest, "schema_version": SCHEMA_VERSION + 1}))
     with pytest.raises(ArtifactError, match=rf"schema version {SCHEMA_VERSION + 1}.*rerun train_llm"):
         run.fetch("models/llm")
@@ -254,6 +263,38 @@ def test_a_run_is_opened_by_its_folder_or_url(run: Run, tmp_path: Path) -> None:
     opened = Run.open(f"{run.url}/")
     assert (opened.url, opened.name) == (run.url, "demo")
     assert other_machine(run, tmp_path).read_config() == RunConfig(seed=4)
+
+
+def test_a_folder_of_the_root_is_not_one_of_here(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Run(str(tmp_path), "demo-of-a-test").write_config(RunConfig())
+    monkeypatch.chdir(tmp_path)
+    assert Run.open("demo-of-a-test").root == tmp_path / "demo-of-a-test"
+    with pytest.raises(ArtifactError, match="no run at /demo-of-a-test"):
+        Run.open("/demo-of-a-test")
+
+
+def test_while_one_process_makes_something_of_a_run_another_does_not(run: Run) -> None:
+    code = (
+        "import sys; from ctd_scale.artifacts import Run\n"
+        "with Run(*sys.argv[1:3], cache=__import__('pathlib').Path(sys.argv[3])).alone():\n"
+        "    print('has it', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, run.storage, run.name, str(run.cache)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "has it\n"
+        with pytest.raises(ArtifactError, match=rf"{run.url} is being made by another process \(pid {other.pid}\)"):
+            run.alone().__enter__()
+        other.kill()
+        other.wait()
+    with run.alone(), run.alone():  # what was killed leaves nothing behind
+        pass
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True).stdout == b"has it\n"
+
+
+def test_a_manifest_says_what_it_was_made_with(run: Run) -> None:
+    publish(replace(run, settings={"llm.epochs": 3}))
+    assert run.fetch("models/llm").manifest["settings"] == {"llm.epochs": 3}
 
 
 def test_a_download_is_kept_and_read_again(tmp_path: Path) -> None:

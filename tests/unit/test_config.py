@@ -117,6 +117,8 @@ def test_what_is_no_toml_is_refused_by_file(tmp_path: Path, content: bytes) -> N
 def test_a_missing_config_lists_the_shipped_ones() -> None:
     with pytest.raises(ConfigError, match=r"'nowhere' is neither a file nor a shipped config; shipped: .*debug"):
         load_config("nowhere")
+    with pytest.raises(ConfigError, match=r"'nowhere/ml100k\.toml' is neither a file nor a shipped config"):
+        load_config("nowhere/ml100k.toml")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

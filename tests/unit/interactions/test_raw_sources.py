@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -65,6 +66,20 @@ def test_own_files_and_their_columns(folder: Path) -> None:
 )
 def test_messages_name_the_file_the_column_and_the_key(folder: Path, changes: dict[str, str], message: str) -> None:
     with pytest.raises(BadInputError, match=message):
+        resolve_columns(find_source(config(folder, **changes)))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize(("file", "column"), [("log", "item_id"), ("log", "rating"), ("items", "category")])
+def test_a_column_that_is_there_twice_is_refused(folder: Path, suffix: str, file: str, column: str) -> None:
+    names = ["user_id", "item_id", "timestamp", "title", "rating", "category", column]
+    path = folder / f"{file}.{suffix}"
+    if suffix == "csv":
+        path.write_text(",".join(names) + "\n" + ",".join("1" * len(names)) + "\n")
+    else:
+        pq.write_table(pa.table([["1"]] * len(names), names=names), path)
+    changes = {"interactions" if file == "log" else "items": str(path)}
+    with pytest.raises(BadInputError, match=rf"/{file}\.{suffix} has 2 columns '{column}'; rename all but one"):
         resolve_columns(find_source(config(folder, **changes)))
 
 

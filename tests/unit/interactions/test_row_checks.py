@@ -136,6 +136,8 @@ def test_times_beyond_int64_and_nan_are_null() -> None:
         (pa.array([5, -1]), ["5", "-1"]),
         (pa.array([5.0, 5.5, float("nan"), 1234567890.0]), ["5", "5.5", None, "1234567890"]),
         (pa.array([float("inf")]), ["inf"]),
+        (pa.array([Decimal("34.00"), Decimal("5.10"), None, Decimal("100.00")]), ["34", "5.1", None, "100"]),
+        (pa.array([Decimal("100")]), ["100"]),
         (pa.array(["5.0", "", " x ", None]), ["5.0", None, " x ", None]),
         (pa.array([b"ok", b"\xff"], pa.binary()), ["ok", None]),
         (pa.array([b"ok", b"\xff"], pa.large_binary()), ["ok", None]),

@@ -230,11 +230,29 @@ def test_a_batch_answers_each_and_names_what_is_wrong_with_one(ask: Ask) -> None
     for body, message in (
         ({"requests": requests * 2}, "requests: 6, expected at most 3"),
         ({"requests": []}, "requests: List should have at least 1 item"),
-        ({"requests": [{"user_id": 1}]}, "requests.0.user_id: Input should be a valid string"),
+        ({"requests": {}}, "requests: Input should be a valid list"),
     ):
         refused = ask("POST", "/v1/recommend:batch", json=body)
         assert refused.status_code == 422
         assert refused.json()["error"].startswith(message)
+    wrong: list[Any] = [
+        {"user_id": 1},
+        {"user_id": "a"},
+        {"usr": "a"},
+        5,
+        {"user_id": "a", "ranges": {"p": {"min": "x"}}},
+    ]
+    for start in range(0, len(wrong), 3):
+        response = ask("POST", "/v1/recommend:batch", json={"requests": wrong[start : start + 3]})
+        said = [answer.get("error") for answer in response.json()["responses"]]
+        assert (
+            said
+            == [
+                *("user_id: Input should be a valid string", None, "usr: Extra inputs are not permitted"),
+                *("body: Input should be a valid dictionary or instance of RecommendRequest",),
+                *("ranges.p.min: Input should be a valid number",),
+            ][start : start + 3]
+        )
     busy = ask("POST", "/v1/recommend:batch", json={"requests": [{"user_id": "a"}, {"user_id": "BackPressureError"}]})
     assert (busy.status_code, busy.headers["Retry-After"]) == (429, "1")
     late = [{"user_id": "a"}, {"user_id": "slow", "deadline_ms": 10}]
@@ -306,3 +324,11 @@ def test_metrics_are_plain_text(ask: Ask) -> None:
     response = ask("GET", "/metrics")
     assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     assert response.text == "ctd_requests_total 3.0\n"
+
+
+def test_a_deadline_of_ages_is_the_servers_and_a_body_needs_its_header(ask: Ask) -> None:
+    assert ask("POST", "/v1/recommend", json={"user_id": "a", "deadline_ms": 10**400}).status_code == 200
+    for headers in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):
+        refused = ask("POST", "/v1/recommend", content=b'{"user_id": "a"}', headers=headers)
+        assert refused.status_code == 422
+        assert refused.json() == {"error": "body: expected JSON with the header Content-Type: application/json"}

@@ -1,0 +1,35 @@
+"""What the coordinator says is served, when a replica cannot load what should be."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.config import RunConfig
+from ctd_scale.serving.release import Coordinator, Source
+
+
+def test_what_is_refused_gives_way_to_what_was_there_before(tmp_path: Path) -> None:
+    first = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "first")
+
+    async def served() -> None:
+        coordinator = Coordinator(first)
+        second = await coordinator.publish(replace(first, models="second", version="second"))
+        await coordinator.refuse(second, "it is damaged")
+        now = await coordinator.current(None)
+        assert (now.models, now.instead_of) == ("first", "it is damaged")
+        assert now.number > second.number, "a replica that has it already goes back"
+        with pytest.raises(ArtifactError, match="second is not served any more"):
+            await coordinator.source("second")
+        await coordinator.refuse(second, "said by another replica, later")
+        assert await coordinator.current(second) == now, "who has the refused one brings it in vain"
+        third = await coordinator.publish(replace(first, models="third", version="third"))
+        assert await coordinator.current(None) == third
+        await coordinator.refuse(second, "said too late")
+        assert await coordinator.current(None) == third
+
+    asyncio.run(served())
