@@ -6,7 +6,7 @@ The first half of an external sort; `sequences.py` is the second.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -47,11 +47,13 @@ class PartWriter:
     def __init__(self, folder: Path, num_parts: int) -> None:
         self.paths = [folder / f"part-{part}.arrow" for part in range(num_parts)]
         self._writers: list[pa.RecordBatchStreamWriter | None] = [None] * num_parts
+        self._rows = 0
 
     def add(self, rows: pa.Table) -> None:
         part = rows["part"].to_numpy()
         order = np.argsort(part, kind="stable")
         rows = rows.drop_columns("part").take(pa.array(order))
+        self._rows += len(rows)
         bounds = np.searchsorted(part[order], np.arange(len(self.paths) + 1))
         for number, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
             if start < stop:
@@ -69,10 +71,18 @@ class PartWriter:
             if writer is not None:
                 writer.close()
 
+    def read(self) -> Iterator[pa.Table]:
+        """The parts that have rows, one after the other, their rows in any order.
 
-def read_part(path: Path) -> pa.Table | None:
-    """All rows of one part, in any order; None where no row belongs to it."""
-    if not path.exists():
-        return None
-    with pa.OSFile(str(path)) as file:
-        return pa.ipc.open_stream(file).read_all()
+        Raises OSError, after the last one, where they are not all the rows that were added.
+        """
+        found = 0
+        for path, writer in zip(self.paths, self._writers, strict=True):
+            if writer is None:
+                continue
+            with pa.OSFile(str(path)) as file:
+                rows = pa.ipc.open_stream(file).read_all()
+            found += len(rows)
+            yield rows
+        if found != self._rows:
+            raise OSError(f"{self.paths[0].parent} held {found:,} of {self._rows:,} rows when they were read again")

@@ -19,7 +19,7 @@ from ctd_scale.artifacts import Run
 from ctd_scale.batches import MIN_SPLIT_LENGTH, SPLITS, InteractionLog
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.checking import read_catalogue, read_interactions
-from ctd_scale.interactions.parts import PartWriter, count_parts, read_part
+from ctd_scale.interactions.parts import PartWriter, count_parts
 from ctd_scale.interactions.quarantine import (
     QUARANTINE,
     Quarantine,
@@ -138,7 +138,7 @@ def _read(
             quarantine.add(duplicates.append_column("reason", reason), repeated)
 
         made = build_sequences(
-            (part for path in parts.paths if (part := read_part(path)) is not None),
+            parts.read(),
             catalogue,
             scratch,
             duplicates=config.duplicates,

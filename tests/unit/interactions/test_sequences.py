@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctd_scale.interactions.parts import PartWriter, add_parts, read_part
+from ctd_scale.interactions.parts import PartWriter, add_parts
 from ctd_scale.interactions.sequences import Sequences, build_sequences, k_core, repeated_pairs
 
 Row = tuple[str, str, int]
@@ -52,7 +52,7 @@ def build(
             for block in (shuffled.slice(0, 7), shuffled.slice(7)):
                 parts.add(block)
         made = build_sequences(
-            (part for path in parts.paths if (part := read_part(path)) is not None),
+            parts.read(),
             items,
             folder,
             duplicates=duplicates,
@@ -184,3 +184,13 @@ def test_equal_times_keep_file_order() -> None:
 def test_repeated_pairs_of_nothing() -> None:
     nothing = np.array([], dtype=np.int64)
     assert repeated_pairs(nothing, nothing, "first").tolist() == []
+
+
+def test_rows_that_are_no_longer_there_are_missed(tmp_path: Path) -> None:
+    with PartWriter(tmp_path, 2) as parts:
+        parts.add(pa.table({"part": pa.array([0, 1, 1], pa.int16()), "order": [1, 2, 3]}))
+    assert [part["order"].to_pylist() for part in parts.read()] == [[1], [2, 3]]
+    with pa.ipc.new_stream(parts.paths[1], pa.schema([("order", pa.int64())])) as other:  # as who writes there, too
+        other.write_table(pa.table({"order": [2]}))
+    with pytest.raises(OSError, match="held 2 of 3 rows when they were read again"):
+        list(parts.read())
