@@ -9,6 +9,7 @@ is skipped, and an artifact made from something else is refused.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -224,7 +225,8 @@ class Run:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else on this machine makes anything of the run meanwhile; whoever has it may take it again.
+        """Nobody else on this machine makes anything of the run meanwhile; whoever has it may take it again. Where the
+        file system has no locks, nobody is kept out.
 
         Raises ArtifactError at once where another process has it.
         """
@@ -242,6 +244,9 @@ class Run:
                     f"{self.url} is being made by another process ({lock.read().strip()}); wait until it has ended, or "
                     "give another --name"
                 ) from None
+            except OSError as error:  # as of some network mounts: better unguarded than not at all
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
             lock.truncate(0)
             lock.write(f"pid {os.getpid()}")
             lock.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -290,6 +291,21 @@ def test_while_one_process_makes_something_of_a_run_another_does_not(run: Run) -
     with run.alone(), run.alone():  # what was killed leaves nothing behind
         pass
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True).stdout == b"has it\n"
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(number: int) -> None:
+        def flock(*_: object) -> None:
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(artifacts.fcntl, "flock", flock)
+
+    refuses(errno.ENOLCK)
+    with run.alone():
+        pass
+    refuses(errno.EIO)
+    with pytest.raises(OSError, match="no"):
+        run.alone().__enter__()
 
 
 def test_a_manifest_says_what_it_was_made_with(run: Run) -> None:
