@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ def data_dir() -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A private Ray for the tests of a module, in a folder of its own (short: socket paths are limited)."""
+    """A private Ray for all tests of this process, in a folder of its own (short: socket paths are limited)."""
     import ray
 
     from ctd_scale import training
@@ -75,10 +75,8 @@ def ray_session() -> Iterator[None]:
         patch.setenv("RAY_TMPDIR", folder)
         patch.delenv("RAY_ADDRESS", raising=False)
         training.start_ray()
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    yield
+    ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -98,7 +96,9 @@ class OneWorker:
 
     def run(self, loop: Callable[[dict[str, Any]], None], arguments: dict[str, Any]) -> Path:
         """Run a loop to its end; returns what it exported."""
-        loop({**arguments, "logs": str(self.folder / "logs"), "resources": {}})
+        from ctd_scale.config_resources import StageResources
+
+        loop({**arguments, "logs": str(self.folder / "logs"), "resources": StageResources().model_dump()})
         return self.checkpoints[-1] / "export"
 
     def run_training(self, loop: Callable[[dict[str, Any]], None], arguments: Any, **_: Any) -> Path:
@@ -119,13 +119,12 @@ class OneWorker:
         yield self.checkpoints[-1] if self.checkpoints else None
 
 
-@pytest.fixture
-def one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OneWorker:
-    """Training loops in this process, without Ray."""
+@contextmanager
+def _in_this_process(folder: Path) -> Iterator[OneWorker]:
     from ctd_scale import training
 
-    worker = OneWorker(tmp_path / "worker")
-    worker.folder.mkdir()
+    worker = OneWorker(folder)
+    folder.mkdir()
 
     class StepLog:
         def __init__(self, logs: str, total_steps: int) -> None:
@@ -145,14 +144,42 @@ def one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OneWorker:
         training.seed_all(seed)
         return torch.device("cpu")
 
-    monkeypatch.setattr(training, "prepare_worker", prepare_worker)
-    monkeypatch.setattr(training, "rank", lambda: 0)
-    monkeypatch.setattr(training, "world_size", lambda: 1)
-    monkeypatch.setattr(training, "latest_checkpoint", worker.latest_checkpoint)
-    monkeypatch.setattr(training, "report_checkpoint", worker.report_checkpoint)
-    monkeypatch.setattr(training, "run_training", worker.run_training)
-    monkeypatch.setattr(training, "StepLog", StepLog)
-    return worker
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "prepare_worker", prepare_worker)
+        patch.setattr(training, "rank", lambda: 0)
+        patch.setattr(training, "local_rank", lambda: 0)
+        patch.setattr(training, "world_size", lambda: 1)
+        patch.setattr(training, "latest_checkpoint", worker.latest_checkpoint)
+        patch.setattr(training, "report_checkpoint", worker.report_checkpoint)
+        patch.setattr(training, "report", lambda metrics: None)
+        patch.setattr(training, "run_training", worker.run_training)
+        patch.setattr(training, "StepLog", StepLog)
+        yield worker
+
+
+@pytest.fixture(scope="session")
+def in_this_process() -> Callable[[Path], AbstractContextManager[OneWorker]]:
+    """`with in_this_process(folder):` training loops run in this process, without Ray; the folder is made."""
+    return _in_this_process
+
+
+@pytest.fixture
+def one_worker(tmp_path: Path) -> Iterator[OneWorker]:
+    """Training loops in this process, without Ray."""
+    with _in_this_process(tmp_path / "worker") as worker:
+        yield worker
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process as a group of its own: what DeepSpeed needs to train in it."""
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        patch.setenv("DS_ACCELERATOR", "cpu")  # which the loop sets; later tests may have a GPU
+        yield
+    torch.distributed.destroy_process_group()
 
 
 CHAT_TEMPLATE = (

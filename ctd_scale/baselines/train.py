@@ -57,7 +57,7 @@ def train_baseline(name: str, run: Run, config: RunConfig, config_hash: str) -> 
     )
     inputs = {each.name: each.digest for each in (interactions, codes) if each}
     facts = {**json.loads((export / FACTS).read_text()), **training.usage(run, name)}
-    if codes:
+    if codes and "training_seconds" in facts:  # who is trained on another machine may not say
         facts["training_seconds"] += codes.manifest["facts"]["training_seconds"]
     with run.publish(f"baselines/{name}", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         shutil.copy(export / WEIGHTS, folder / WEIGHTS)

@@ -1,4 +1,5 @@
-"""The LLM rivals, trained by the LLM stage on a planted truth, ranked like every baseline."""
+"""The LLM rivals, trained by the LLM stage on a planted truth, ranked like every baseline. In this process: Ray Train
+around it is the chain's."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.evaluate import rank_baseline
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group", "one_worker")]
 
 USERS, ITEMS = 80, 12
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ctd_scale.llm.validation import SHARES
 from ctd_scale.llm.weights import BACKBONE, HEADS, load_vectors
 from ctd_scale.ranking import rank_targets
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session", "process_group")]
 
 EPOCHS = 3
 
@@ -77,11 +78,23 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return {**load_file(folder / HEADS), **load_file(folder / BACKBONE / "model.safetensors")}
 
 
+InThisProcess = Callable[[Path], AbstractContextManager[object]]
+
+
 @pytest.fixture(scope="module")
-def plain_run(tmp_path_factory: pytest.TempPathFactory, tiny_chain: Any, backbone: Path, ray_session: None) -> Run:
-    """One worker, ZeRO 2, uninterrupted, through the stage: what all others must equal."""
-    run = make_run(tmp_path_factory.mktemp("plain"), "plain", tiny_chain)
-    train.train_llm(run, make_config(backbone), "key")
+def plain_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_chain: Any,
+    backbone: Path,
+    ray_session: None,
+    process_group: None,
+    in_this_process: InThisProcess,
+) -> Run:
+    """This process, ZeRO 2, uninterrupted, through the stage: what all others must equal."""
+    folder = tmp_path_factory.mktemp("plain")
+    run = make_run(folder, "plain", tiny_chain)
+    with in_this_process(folder / "worker"):
+        train.train_llm(run, make_config(backbone), "key")
     return run
 
 
@@ -137,7 +150,7 @@ class Killed(Exception):
     pass
 
 
-def several(arguments: dict[str, Any]) -> None:
+def one_by_one(arguments: dict[str, Any]) -> None:
     """The stage's own loop for each variant in turn; `folder`/name/STEP holds its checkpoints."""
     for variant in arguments["variants"]:
         folder = Path(arguments["folder"]) / variant.name
@@ -161,6 +174,10 @@ def several(arguments: dict[str, Any]) -> None:
             history = arguments["history"] if variant.reads else None
             train.train_loop({**arguments, "config": config, "history": history})
 
+
+def on_workers(arguments: dict[str, Any]) -> None:
+    """The same on every worker that Ray Train has."""
+    one_by_one(arguments)
     import ray.train
     import torch.distributed
 
@@ -212,8 +229,10 @@ FINISHED = [each for each in (*ON_TWO, *ON_ONE, *ON_TWO_AGAIN) if not each.kille
 
 
 @pytest.fixture(scope="module")
-def folder(plain_run: Run, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all variants have exported."""
+def folder(
+    plain_run: Run, backbone: Path, tmp_path_factory: pytest.TempPathFactory, in_this_process: InThisProcess
+) -> Path:
+    """What all variants have exported: those of one worker here, those of two by Ray Train."""
     made = tmp_path_factory.mktemp("variants")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
     inputs = {name: str(plain_run.fetch(name).path) for name in ("interactions", "tokens", "embeddings")}
@@ -223,15 +242,18 @@ def folder(plain_run: Run, backbone: Path, tmp_path_factory: pytest.TempPathFact
     save_file({"vectors": torch.randn(20, 12), **{f"reader.{name}": value for name, value in reader.items()}}, history)
     read = {"history": str(history), "history_dropout": 0.0}
     rest = {"folder": str(made), "backbone": str(backbone), "seed": 0, "mask_seen": True, **read, **inputs}
-    for number, (workers, variants) in enumerate(((2, ON_TWO), (1, ON_ONE), (2, ON_TWO_AGAIN))):
-        training.run_training(
-            several,
-            {"variants": variants, **rest},
-            run=Run(str(made), "run"),
-            stage="variants",
-            key=str(number),
-            resources=make_config(backbone, workers).resources.llm,
-        )
+    by_ray = partial(
+        training.run_training,
+        on_workers,
+        run=Run(str(made), "run"),
+        stage="variants",
+        resources=make_config(backbone, workers=2).resources.llm,
+    )
+    by_ray({"variants": ON_TWO, **rest}, key="first")
+    with in_this_process(made / "worker"):
+        resources = make_config(backbone).resources.llm.model_dump()
+        one_by_one({"variants": ON_ONE, **rest, "logs": str(made / "logs"), "resources": resources})
+    by_ray({"variants": ON_TWO_AGAIN, **rest}, key="second")
     return made
 
 

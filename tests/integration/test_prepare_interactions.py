@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from ctd_scale.artifacts import Run, file_digest
 from ctd_scale.batches import SPLITS, InteractionLog, read_table
@@ -22,17 +20,9 @@ from ctd_scale.interactions.prepare import PrepareReport, as_date, prepare_inter
 from ctd_scale.interactions.schema import BadInputError
 from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.interactions.sources import input_digests
-from ctd_scale.training import start_ray
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 ITEMS = pa.table({"item_id": [f"i{n}" for n in range(20)], "title": [f"Item {n}" for n in range(20)]})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_started() -> Iterator[None]:
-    start_ray()
-    yield
-    ray.shutdown()
 
 
 def good_log(users: int = 100, length: int = 10) -> pa.Table:

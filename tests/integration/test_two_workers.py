@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,13 +72,13 @@ Learned = TypeVar("Learned")
 
 @pytest.fixture
 def by_one_and_two(
-    tmp_path: Path, one_worker: object, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_this_process: Callable[[Path], AbstractContextManager[object]]
 ) -> Callable[[Callable[[Run, int], Learned]], tuple[Learned, Learned]]:
     """What `learn(run, workers)` returns: first of one worker, this process, then of two that Ray Train has."""
 
     def train(learn: Callable[[Run, int], Learned]) -> tuple[Learned, Learned]:
-        one = learn(make_run(tmp_path, "one"), 1)
-        monkeypatch.undo()
+        with in_this_process(tmp_path / "worker"):
+            one = learn(make_run(tmp_path, "one"), 1)
         return one, learn(make_run(tmp_path, "two"), 2)
 
     return train
