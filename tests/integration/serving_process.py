@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-START_S, TIMEOUT_S, BODY_TIMEOUT_S = 600, 5, 1
+START_S, TIMEOUT_S, BODY_TIMEOUT_S = 600, 8, 1
 CTD = [sys.executable, "-c", "from ctd_scale.cli import main; main()"]
 RECOMMEND = "/v1/recommend"
 
