@@ -284,6 +284,16 @@ class Ranking:
         """Whether it weighs what a history says without the LLM."""
         return bool(self.graph or self.neighbors)
 
+    @property
+    def generates(self) -> bool:
+        """Whether it weighs what the denoiser says."""
+        return bool(self.draws or self.error)
+
+    @property
+    def weighs_all(self) -> bool:
+        """Whether candidates come from everywhere."""
+        return self.reads_histories and self.generates
+
 
 def save_rankings(rankings: dict[str, Ranking], folder: Path) -> None:
     """Named rankings as ranking.json."""

@@ -82,6 +82,18 @@ def scored_pools(
         yield ScoredPool(pool, errors, draws, users, preferences.targets[rows], texts)
 
 
+def as_served(
+    each: ScoredPool, ranking: Ranking, retrieve: RetrieveStep, histories: list[ndarray], *, spoken: bool
+) -> ScoredPool:
+    """What is left of these candidates for a request under this ranking, with or without a text: none comes from what
+    it does not weigh."""
+    pool, texts = each.pool, each.texts if spoken else [""] * len(each.texts)
+    draws, read = each.draws if ranking.generates else None, histories if ranking.reads_histories else None
+    asked = retrieve.pool(pool.preferences, texts, pool.excluded, draws=draws, histories=read)
+    found = np.stack([np.isin(row, own) for row, own in zip(pool.ids, asked.ids, strict=True)])
+    return replace(each, pool=replace(pool, ids=np.where(found, pool.ids, np.int32(-1))))
+
+
 def calibration_parts(log: InteractionLog, preferences: Preferences, config: RunConfig) -> list[Preferences]:
     """Some users, or all, in parts whose validation interactions are unknown at the same time."""
     random, limit = np.random.default_rng((config.seed, 30)), config.evaluation.calibration_users

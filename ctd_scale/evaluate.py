@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 from numpy import ndarray
 from rich.table import Table
 
 from ctd_scale import training
 from ctd_scale.artifacts import Artifact, Run, write_text
 from ctd_scale.baselines.scorers import SCORERS
-from ctd_scale.batches import SPLITS, InteractionLog, Preferences, Split, load_rankings
-from ctd_scale.calibrate import scored_pools
+from ctd_scale.batches import SPLITS, InteractionLog, Preferences, Ranking, Split, load_rankings
+from ctd_scale.calibrate import ScoredPool, as_served, scored_pools
+from ctd_scale.candidates import RetrieveStep
 from ctd_scale.config import RunConfig
 from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.ranking import TOP, Ranks, beyond_accuracy, counted_ranks, padded, rank_targets, save_ranks
@@ -28,6 +29,7 @@ from ctd_scale.terminal import console
 INPUTS = ("interactions", "embeddings_at_test", "models/llm", "preferences", "models/diffusion", "index", "ranking")
 METRICS = ("hr@10", "ndcg@10", "hr@20", "ndcg@20", "mrr", "coverage@10", "diversity@10", "popularity@10", "rare_hr@10")
 
+SERVED = ("full", "full_text")
 SHOWN = METRICS[:6]  # what fits on a line of a terminal; the file has all of it
 SPLITTING = {False: "leave-one-out by order", True: "global time"}
 
@@ -133,27 +135,47 @@ def _rank_chain(
     chunk = config.evaluation.chunk_users
     pools = scored_pools(log, preferences, split, density, retrieve, mask_seen=mask_seen, chunk=chunk)
     for each in training.shown_steps(pools, -(-len(preferences) // chunk), f"evaluate {split}", logs):
-        pool, queries = each.pool, unit_vectors(each.pool.preferences, "query")
-        size = (pool.ids >= 0).sum(axis=1)
-        tail = retrieve.tail(pool, TOP)
-        known = [np.concatenate([out, row[row >= 0]]) for out, row in zip(pool.excluded, pool.ids, strict=True)]
-        behind = size + counted_ranks(item_vectors, queries, each.targets, known)
+        tail = retrieve.tail(each.pool, TOP)
+        behind = _behind(each, item_vectors)
         shared = time.perf_counter() - started
         for name in names:
             began = time.perf_counter()
             if name == "single_draw":
                 vectors, nothing = unit_vectors(each.draws[:, 0], "draw"), [np.zeros(0, np.int32)] * len(each.users)
-                ids, _ = retrieve.retriever.search(vectors, nothing, pool.excluded, TOP)
-                place = counted_ranks(item_vectors, vectors, each.targets, pool.excluded)
+                ids, _ = retrieve.retriever.search(vectors, nothing, each.pool.excluded, TOP)
+                place = counted_ranks(item_vectors, vectors, each.targets, each.pool.excluded)
+            elif name in SERVED and not (rankings[name].weighs_all and (name == "full_text" or not spoken)):
+                histories = [log.history(int(user), split) for user in each.users]
+                asked = as_served(each, rankings[name], retrieve, histories, spoken=name == "full_text")
+                ids, place = _places(asked, rankings[name], retrieve, _behind(asked, item_vectors))
             else:
-                ids, _ = retrieve.rank(pool, each.errors, rankings[name], max(TOP, pool.ids.shape[1]), tail)
-                # What follows the pool is ordered by the preference.
-                place = np.minimum(_within(ids, size, each.targets), behind)
+                ids, place = _places(each, rankings[name], retrieve, behind, tail)
             ranks[name].append(place)
             top[name].append(padded(ids))
             seconds[name] += shared + time.perf_counter() - began
         started = time.perf_counter()
     return {name: Ranks(np.concatenate(ranks[name]), np.concatenate(top[name]), seconds[name]) for name in names}
+
+
+def _behind(each: ScoredPool, item_vectors: Float32[ndarray, "items dim"]) -> Float64[ndarray, "batch"]:
+    """The place of each target that is not in its pool: what follows the pool is ordered by the preference."""
+    pool = each.pool
+    known = [np.concatenate([out, row[row >= 0]]) for out, row in zip(pool.excluded, pool.ids, strict=True)]
+    queries = unit_vectors(pool.preferences, "query")
+    return (pool.ids >= 0).sum(axis=1) + counted_ranks(item_vectors, queries, each.targets, known)
+
+
+def _places(
+    each: ScoredPool,
+    ranking: Ranking,
+    retrieve: RetrieveStep,
+    behind: ndarray,
+    tail: tuple[ndarray, ndarray] | None = None,
+) -> tuple[Int32[ndarray, "batch k"], Float64[ndarray, "batch"]]:
+    """The list for each user, at least `TOP` long, and the place of its target in the whole catalogue."""
+    pool, size = each.pool, (each.pool.ids >= 0).sum(axis=1)
+    ids, _ = retrieve.rank(pool, each.errors, ranking, max(TOP, pool.ids.shape[1]), tail)
+    return ids, np.minimum(_within(ids, size, each.targets), behind)
 
 
 def _within(

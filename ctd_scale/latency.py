@@ -105,7 +105,7 @@ def measure_latency(run: Run, config: RunConfig, users: int) -> list[Row]:
 def grid(config: RunConfig, ranking: Ranking, *, tunable: bool) -> list[Settings]:
     """The run's own settings first, then with halves and quarters of the draws and of the error's work, and, where the
     index is `tunable`, with less and more effort. What the ranking does not weigh stays as it is: it takes no time."""
-    own, drawn = config.diffusion, bool(ranking.draws or ranking.error)
+    own, drawn = config.diffusion, ranking.generates
     pooled = drawn or ranking.reads_histories
     found = []
     for effort, draws, errors in product(EFFORTS if tunable else EFFORTS[:1], SCALES, SCALES):

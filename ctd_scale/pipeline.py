@@ -223,6 +223,7 @@ STAGES = (
         ("diffusion", "retrieval", "evaluation"),
         ("interactions", "embeddings_at_test", "models/llm", "preferences", "models/diffusion", "index", "ranking"),
         ("metrics",),
+        revision=1,
     ),
 )
 
@@ -316,19 +317,24 @@ def run_stage(stage: Stage, run: Run, config: RunConfig) -> bool:
 
 
 def run_with_inputs(stages: Iterable[Stage], run: Run, config: RunConfig) -> None:
-    """These stages, each after every stage that makes what it reads, none twice."""
+    """These stages, each after every stage that makes what it reads, none twice. Where nothing was to be made, the
+    config of the run stays what it was."""
     done: set[str] = set()
+    made = not run.exists("run.toml")
 
     def make(stage: Stage) -> None:
+        nonlocal made
         for maker in ALL_STAGES:
             if set(maker.outputs) & set(stage.inputs) and maker.name not in done:
                 make(maker)
-        run_stage(stage, run, config)
+        made = run_stage(stage, run, config) or made
         done.add(stage.name)
 
     with run.alone():
         for stage in stages:
             make(stage)
+        if made:
+            run.write_config(config)
 
 
 def run_pipeline(run: Run, config: RunConfig) -> None:

@@ -17,15 +17,15 @@ import pytest
 from ctd_scale import ablation
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import SPLITS, InteractionLog, NodeArrays, Preferences, Split, load_rankings
-from ctd_scale.calibrate import calibration_parts, calibration_pools, pool_ndcg, scored_pools
+from ctd_scale.calibrate import as_served, calibration_parts, calibration_pools, pool_ndcg, scored_pools
 from ctd_scale.cli import main
 from ctd_scale.config import load_config
-from ctd_scale.evaluate import INPUTS, rank_all, rank_baseline
+from ctd_scale.evaluate import INPUTS, SERVED, rank_all, rank_baseline
 from ctd_scale.metrics import ranks_in_lists
 from ctd_scale.pipeline import STAGES
 from ctd_scale.quality import measure, measure_preferences
 from ctd_scale.ranking import load_ranks
-from ctd_scale.recommender import load_density, load_retrieve
+from ctd_scale.recommender import Recommender, load_density, load_retrieve
 from ctd_scale.retrieval.build import load_graph_index
 from ctd_scale.retrieval.collaborative import graph_sources
 from ctd_scale.retrieval.neighbors import count_neighbors
@@ -178,8 +178,11 @@ def test_the_ranks_are_those_of_lists_of_the_whole_catalogue(
     density, retrieve = load_density(artifacts, config), load_retrieve(artifacts, config, known)
     listed: dict[str, list[float]] = {}
     for each in scored_pools(log, preferences, split, density, retrieve, mask_seen=mask_seen, chunk=50):
+        histories = [log.history(int(user), split) for user in each.users]
         for name, ranking in load_rankings(artifacts["ranking"].path).items():
-            ids, _ = retrieve.rank(each.pool, each.errors, ranking, log.num_items)
+            spoken = name == "full_text"
+            asked = as_served(each, ranking, retrieve, histories, spoken=spoken) if name in SERVED else each
+            ids, _ = retrieve.rank(asked.pool, each.errors, ranking, log.num_items)
             listed.setdefault(name, []).extend(ranks_in_lists(ids, each.targets))
     differing = {name: float(np.mean(counted[name].ranks != np.array(ranks))) for name, ranks in listed.items()}
     # The last bits of scores may differ between a block of users and one.
@@ -188,6 +191,21 @@ def test_the_ranks_are_those_of_lists_of_the_whole_catalogue(
     popular = rank_baseline("popularity", run, config, split, mask_seen=False)
     expected = np.argsort(-np.bincount(edges, minlength=log.num_items), kind="stable")[:10]
     np.testing.assert_array_equal(popular.top, np.tile(expected, (len(popular.top), 1)))
+
+
+def test_what_is_served_is_what_was_measured(chains: Path) -> None:
+    """The list of a request has the withheld item where the table says, far behind its first items, too."""
+    run = Run.open(chains / "whole")
+    recommender, log = Recommender(run), InteractionLog.load(run.fetch("interactions").path)
+    ranks = load_ranks(run.root / "metrics" / "evaluation-test.parquet")
+    users = ranks["user_index"].astype(int).tolist()
+    answers = recommender.recommend([log.history(user, "test") for user in users], log.num_items)
+    targets = log.targets(np.array(users), "test").tolist()
+    places = [
+        answer.items.index(target) + 1 if target in answer.items else np.inf
+        for answer, target in zip(answers, targets, strict=True)
+    ]
+    assert np.mean(ranks["full"] != np.array(places)) <= 0.01
 
 
 def test_a_second_run_changes_nothing_and_a_damaged_artifact_is_made_again(chains: Path) -> None:
