@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 from rich.table import Table
@@ -16,12 +17,13 @@ from rich.table import Table
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import InteractionLog
 from ctd_scale.calibrate import number_of_parts
-from ctd_scale.config import RunConfig
+from ctd_scale.config import RunConfig, section_values
 from ctd_scale.diffusion.plan import plan_diffusion, seconds_per_user
 from ctd_scale.estimates import Estimate, seconds_per_byte_written, seconds_per_call
 from ctd_scale.graph.plan import plan_graph
 from ctd_scale.interactions.plan import plan_interactions
 from ctd_scale.interactions.sketch import sketch_log
+from ctd_scale.interactions.sources import input_digests
 from ctd_scale.llm.backbone import backbone_folder, hidden_size
 from ctd_scale.llm.plan import plan_history, plan_llm
 from ctd_scale.retrieval.plan import plan_index, seconds_to_count
@@ -34,9 +36,8 @@ RANKINGS = 14
 
 def plan_run(run: Run, config: RunConfig, stages: str = "all") -> list[Estimate]:
     """One estimate a stage, in order; `stages` = "graph" calibrates that one alone."""
-    run.root.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    if run.manifest("interactions") is not None:
+    if _has_log(run, config):
         log = InteractionLog.load(run.fetch("interactions", verify=False).path)
         reading = 0.0
     else:
@@ -49,8 +50,8 @@ def plan_run(run: Run, config: RunConfig, stages: str = "all") -> list[Estimate]
     graph = plan_graph(log, config, run)
     if stages == "graph":
         return [graph]
-    with tempfile.TemporaryDirectory(prefix="plan-", dir=run.root) as folder:
-        write = seconds_per_byte_written(run.root / folder)
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=run.root.parent) as folder:
+        write = seconds_per_byte_written(Path(folder))
     backbone = backbone_folder(config.llm)
     llm, preferences = plan_llm(log, config, backbone)
     nodes, dim = log.num_users + log.num_items, config.llm.preference_dim
@@ -69,6 +70,17 @@ def plan_run(run: Run, config: RunConfig, stages: str = "all") -> list[Estimate]
         plan_index(log, dim, config.graph.embed_dim, config.retrieval, config.seed),
         *_plan_ranking(log, config, dim),
     ]
+
+
+def _has_log(run: Run, config: RunConfig) -> bool:
+    """Whether the run has the log that is asked about. What no stage has made says nothing of where it is from."""
+    manifest = run.manifest("interactions")
+    if manifest is None:
+        return False
+    made = manifest.get("settings") or {}
+    return not made or (
+        made == section_values(config, ["interactions"]) and manifest["inputs"] == input_digests(config.interactions)
+    )
 
 
 def _plan_ranking(log: InteractionLog, config: RunConfig, dim: int) -> list[Estimate]:
@@ -104,9 +116,9 @@ def print_plan(run: Run, estimates: list[Estimate]) -> None:
     most = max(each.memory for each in estimates)
     table.add_row("together", _time(seconds), _size(most), _size(disk), "memory: the most of any stage")
     console.print(table)
-    free = shutil.disk_usage(run.root).free
+    free = shutil.disk_usage(run.root.parent).free
     if disk > free:
-        console.print(f"needs {_size(disk)} of disk but {run.root} has {_size(free)} left", style="red")
+        console.print(f"needs {_size(disk)} of disk but {run.root.parent} has {_size(free)} left", style="red")
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for each in estimates:
         if each.memory > memory:

@@ -30,10 +30,10 @@ FACTS = "facts.json"
 
 
 def plan_graph(log: InteractionLog, config: RunConfig, run: Run) -> Estimate:
-    """Calibrate on this machine, below the run's folder: one build, 15 s of training, one layer of propagation."""
+    """Calibrate on this machine, beside the run's folder: one build, 15 s of training, one layer of propagation."""
     settings = config.graph
-    run.root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="plan-", dir=run.root) as root:
+    run.root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=run.root.parent) as root:
         folder = Path(root) / "graph"
         folder.mkdir()
         started = time.perf_counter()

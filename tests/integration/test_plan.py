@@ -36,7 +36,7 @@ def test_the_graph_stage_needs_what_was_said(tmp_path: Path) -> None:
     config = validate_config({"graph": settings}, source="test")
     run = Run(str(tmp_path), "run")
     planned = plan_graph(log, config, run)
-    assert not list(run.root.iterdir()), "a plan leaves nothing"
+    assert not list(tmp_path.iterdir()), "a plan leaves nothing"
 
     with run.publish("interactions", config_hash="", inputs={}) as folder:
         log.save(folder)
@@ -55,7 +55,7 @@ def test_every_stage_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[st
     estimates = plan_run(run, config)
     assert [each.stage for each in estimates] == [stage.name for stage in STAGES]
     assert all(each.seconds > 0 and each.memory > 0 and each.disk >= 0 for each in estimates)
-    assert not list(run.root.iterdir())
+    assert not list(tmp_path.iterdir())
     print_plan(run, estimates)
     said = capsys.readouterr().out
     assert "train_llm" in said
