@@ -14,9 +14,8 @@ from typing import Any
 from ctd_scale.artifacts import Run, link_artifact
 from ctd_scale.batches import SPLITS
 from ctd_scale.config import ConfigError, RunConfig, load_config
-from ctd_scale.evaluate import protocol_of
 from ctd_scale.pipeline import STAGES, is_current, stage_hash
-from ctd_scale.quality import CHAIN, Measured, Row, measure, row_of
+from ctd_scale.quality import CHAIN, Measured, Row, measure, protocol_under, row_of
 from ctd_scale.terminal import console
 
 # What each sets. What the text factor gives is in every table: `full_text` beside `full`.
@@ -65,7 +64,7 @@ def ablate(
         config = load_config(dataset, [*overrides, f"seed={seed}"])
         console.print(f"{dataset}, seed {seed}: [bold]{base.url}[/]", highlight=False)
         measured += measure(base, config, models)
-        protocol = protocol_of(base.fetch("interactions"), config, config.evaluation.mask_seen)
+        protocol = protocol_under(dataset, base, config)
         for name in ablations:
             changed = load_config(dataset, [*overrides, *ABLATIONS[name], f"seed={seed}"])
             own = Run(storage, f"{base.name}-{name}")

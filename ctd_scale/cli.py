@@ -29,7 +29,7 @@ from ctd_scale.cli_options import (
     overriding,
 )
 from ctd_scale.config import RunConfig
-from ctd_scale.terminal import TrainingError, console
+from ctd_scale.terminal import ServingError, TrainingError, console
 
 app = typer.Typer(
     help="Generative recommendation with continuous-token diffusion.",
@@ -109,9 +109,9 @@ def tune(
     ranges: Annotated[
         list[str] | None, typer.Option("--range", help="stage.key=low..high or stage.key=a,b,c; repeatable")
     ] = None,
-    trials: Annotated[int, typer.Option(help="how many settings are tried")] = 16,
-    concurrent: Annotated[int, typer.Option(help="how many at a time; each takes the stage's workers")] = 1,
-    least_epochs: Annotated[int, typer.Option(help="validations before a trial may be ended early")] = 4,
+    trials: Annotated[int, typer.Option(min=1, help="how many settings are tried")] = 16,
+    concurrent: Annotated[int, typer.Option(min=1, help="how many at a time; each takes the stage's workers")] = 1,
+    least_epochs: Annotated[int, typer.Option(min=1, help="validations before a trial may be ended early")] = 4,
     storage: StorageOption = "runs",
     name: NameOption = "",
     dataset: DatasetOption = None,
@@ -336,9 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment.set_defaults()
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="ctd")
-    except (ValueError, TrainingError, OSError, ImportError) as error:
+    except (ValueError, TrainingError, ServingError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, TrainingError) else 2)
+        sys.exit(1 if isinstance(error, RuntimeError) else 2)
 
 
 def run_job(stage: str) -> None:

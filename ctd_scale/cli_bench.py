@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,17 @@ def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
+def _said(overrides: list[str] | None) -> str:
+    """The options as they are typed."""
+    return "".join(f" --set {shlex.quote(override)}" for override in overrides or ())
+
+
+def _writable(out: Path | None) -> None:
+    """Refuse, before anything is measured for it, a file that could not be written."""
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise ValueError(f"--json {out}: expected the name of a file in a folder that exists")
+
+
 def _overrides(given: list[str] | None, data_dir: str | None) -> list[str]:
     return [*(given or ()), *([f"interactions.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
 
@@ -28,7 +40,7 @@ def quality(
     data: Annotated[list[str], typer.Option("--data", "-d", help="shipped config of a set, or TOML file; repeatable")],
     models: Annotated[str, typer.Option(help="names, separated by commas")] = "popularity,item_knn,bpr_mf,lightgcn,"
     "sasrec,bsarec,preference,full",
-    seeds: Annotated[int, typer.Option(help="how many, from 0")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="how many, from 0")] = 3,
     reference: Annotated[str, typer.Option(help="what the others are compared with; default: validation's best")] = "",
     storage: StorageOption = "runs/quality",
     data_dir: DataDirOption = None,
@@ -37,16 +49,16 @@ def quality(
 ) -> None:
     """Train and rank any models over seeds, into one table; goes on where it was interrupted."""
     from ctd_scale.quality import as_json, compare
-    from ctd_scale.quality_report import show, write_quality
+    from ctd_scale.quality_report import require_target, show, write_quality
 
+    require_target(out)
     chosen = _overrides(overrides, data_dir)
     names = _listed(models)
     for dataset in data:
         rows = as_json(compare(dataset, names, range(seeds), storage, chosen, reference))
         show(rows)
-        said = f" --reference {reference}" if reference else ""
-        said += "".join(f" --set {override}" for override in overrides or ())
-        command = f"ctd bench quality --data {Path(dataset).stem} --models {','.join(names)} --seeds {seeds}{said}"
+        said = (f" --reference {reference}" if reference else "") + _said(overrides)
+        command = f"ctd bench quality --data {Path(dataset).name} --models {','.join(names)} --seeds {seeds}{said}"
         write_quality(rows, out, command)
     console.print(f"written: {out}", highlight=False)
 
@@ -57,7 +69,7 @@ def ablation(
     without: Annotated[str, typer.Option(help="names, separated by commas; default: all")] = "",
     models: Annotated[str, typer.Option(help="of the chain, separated by commas")] = "preference,draws,error,"
     "fused_both,full",
-    seeds: Annotated[int, typer.Option(help="how many, from 0")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="how many, from 0")] = 1,
     storage: StorageOption = "runs/quality",
     data_dir: DataDirOption = None,
     out: Annotated[Path, typer.Option(help="Markdown; .json and .png go beside it")] = Path("ablation.md"),
@@ -66,16 +78,17 @@ def ablation(
     """Train and rank the chain with one of its parts left out or exchanged; goes on where it was interrupted."""
     from ctd_scale.ablation import ABLATIONS, ablate
     from ctd_scale.quality import as_json
-    from ctd_scale.quality_report import show, write_quality
+    from ctd_scale.quality_report import require_target, show, write_quality
 
+    require_target(out)
     chosen = _overrides(overrides, data_dir)
     parts = _listed(without) or list(ABLATIONS)
     names = _listed(models)
     rows = as_json(ablate(data, parts, names, range(seeds), storage, chosen))
     show(rows)
-    said = "".join(f" --set {override}" for override in overrides or ())
+    said = _said(overrides)
     command = (
-        f"ctd bench ablation --data {Path(data).stem} --without {','.join(parts)} --models {','.join(names)} "
+        f"ctd bench ablation --data {Path(data).name} --without {','.join(parts)} --models {','.join(names)} "
         f"--seeds {seeds}{said}"
     )
     write_quality(rows, out, command, "Ablations")
@@ -101,16 +114,19 @@ def bench_serve(
     from ctd_scale.artifacts import write_text
     from ctd_scale.serving.load import as_json, measure_load, show_load
 
-    levels = [int(count) for count in clients.split(",")]
-    if min(levels) < 1 or seconds <= 0 or users < 1:
+    levels = [int(count) if count.isdecimal() else 0 for count in _listed(clients)]
+    if not levels or min(levels) < 1 or seconds <= 0 or users < 1:
         raise ValueError(f"--clients {clients} --seconds {seconds} --users {users}: expected numbers above 0")
+    _writable(out)
     opened = Run.open(run)
+    most = opened.read_config(overrides or ()).serving.max_k
+    if not 1 <= k <= most:
+        raise ValueError(f"--k {k}: expected 1 to serving.max_k={most}")
     other = Run.open(swap_to) if swap_to else None
     load = measure_load(opened, opened.read_config(overrides or ()), levels, seconds, users, k, explain, other, rest)
     show_load(load)
     if out is not None:
-        said = "".join(f" --set {override}" for override in overrides or ())
-        command = f"ctd bench serve --clients {clients} --seconds {seconds:g} --users {users}{said}"
+        command = f"ctd bench serve --clients {clients} --seconds {seconds:g} --users {users}{_said(overrides)}"
         write_text(out, json.dumps(as_json(load, command), indent=1) + "\n")
 
 
@@ -127,9 +143,10 @@ def bench_latency(
 
     if users < 1:
         raise ValueError(f"--users {users}: expected at least 1")
+    _writable(out)
     opened = Run.open(run)
     rows = measure_latency(opened, opened.read_config(overrides or ()), users)
     show_rows(rows)
     if out is not None:
-        said = "".join(f" --set {override}" for override in overrides or ())
-        write_text(out, json.dumps(as_json(rows, users, f"ctd bench latency --users {users}{said}"), indent=1) + "\n")
+        command = f"ctd bench latency --users {users}{_said(overrides)}"
+        write_text(out, json.dumps(as_json(rows, users, command), indent=1) + "\n")

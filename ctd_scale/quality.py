@@ -86,10 +86,12 @@ def compare(
 ) -> list[Row]:
     """Train and rank what is missing, then the rows of one set. `reference` "" is the best on validation.
 
-    Raises ConfigError: an unknown model, one that needs two seeds where there is one, or a reference that is not among
-    the models.
+    Raises ConfigError: no model, an unknown one, one that needs two seeds where there is one, or a reference that is
+    not among the models.
     """
     known = (*SCORERS, *CHAIN, PAIR)
+    if not models:
+        raise ConfigError(f"--models is empty; models: {', '.join(known)}")
     unknown = [name for name in (*models, *filter(None, [reference])) if name not in known]
     if unknown:
         raise ConfigError(f"no model {unknown[0]!r}; models: {', '.join(known)}")
@@ -105,7 +107,7 @@ def compare(
         run = Run(storage, f"{Path(dataset).stem}-{seed}")
         console.print(f"{dataset}, seed {seed}: [bold]{run.url}[/]", highlight=False)
         measured += measure(run, config, models)
-        protocol = protocol_of(run.fetch("interactions"), config, config.evaluation.mask_seen)
+        protocol = protocol_under(dataset, run, config)
         runs.append((run, config))
     if PAIR in models:
         for (run, config), (other, _) in zip(runs, [*runs[1:], runs[0]], strict=True):
@@ -116,9 +118,15 @@ def compare(
     return [row_of(measured, protocol, name, split, list(seeds), reference) for split in SPLITS for name in models]
 
 
+def protocol_under(dataset: str, run: Run, config: RunConfig) -> dict[str, Any]:
+    """How the figures of a run are made; an own log goes by the name of its config, since all of them are `files`."""
+    protocol = protocol_of(run.fetch("interactions"), config, config.evaluation.mask_seen)
+    own = config.interactions.dataset == "files"
+    return {**protocol, "dataset": Path(dataset).stem if own else protocol["dataset"]}
+
+
 def measure(run: Run, config: RunConfig, models: Sequence[str]) -> list[Measured]:
     """Everything about the models of one run; what it lacks is made."""
-    run.write_config(config)
     chain = [name for name in models if name in CHAIN]
     found: list[Measured] = []
     if set(chain) - {PREFERENCE}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,28 @@ from ctd_scale.environment import machine, versions
 from ctd_scale.evaluate import METRICS, printed
 from ctd_scale.terminal import console
 
-PROTOCOL = ("dataset", "splitting", "mask_seen")
+# Rows that may be compared have all of these in common.
+PROTOCOL = ("dataset", "splitting", "mask_seen", "users", "items")
 SHOWN = ("hr@10", "ndcg@10", "mrr", "coverage@10")
+
+
+def require_target(target: Path) -> None:
+    """Refuse, before anything is trained for it, a table that could not be written.
+
+    Raises ValueError: no .md, a folder, or JSON beside it that is no table of ours.
+    """
+    if target.suffix != ".md" or target.is_dir():
+        raise ValueError(f"--out {target}: expected a file name that ends in .md; .json and .png go beside it")
+    file = target.with_suffix(".json")
+    try:
+        rows = json.loads(file.read_text()) if file.exists() else []
+        if any(not {*PROTOCOL, "model", "split", "mean", "reference"} <= row.keys() for row in rows):
+            raise ValueError
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(
+            f"{file} is not the JSON of a table that `ctd bench` wrote, and would be replaced; move it away or give "
+            "another --out"
+        ) from None
 
 
 def merged(file: Path, rows: Sequence[dict[str, Any]], command: str) -> list[dict[str, Any]]:
@@ -128,12 +149,17 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def _grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by their protocol, said in words."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """Rows by their protocol, said in words; how many users and items there are where nothing else differs."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        seen = "masked" if row["mask_seen"] else "kept"
-        groups.setdefault(f"{row['dataset']}, {row['splitting']}, seen items {seen}", []).append(row)
-    return groups
+        groups.setdefault(tuple(row[key] for key in PROTOCOL), []).append(row)
+
+    def title(row: dict[str, Any]) -> str:
+        return f"{row['dataset']}, {row['splitting']}, seen items {'masked' if row['mask_seen'] else 'kept'}"
+
+    alike = Counter(title(group[0]) for group in groups.values())
+    sizes = {name: "" if count == 1 else ", {users:,} users, {items:,} items" for name, count in alike.items()}
+    return {title(group[0]) + sizes[title(group[0])].format(**group[0]): group for group in groups.values()}
 
 
 def _best_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -107,7 +107,6 @@ def search(
         raise ConfigError("history.num_blocks=0, so nothing is trained that could be tuned; --set history.num_blocks=2")
     for _ in range(20):  # a key that does not exist, or a value out of bounds, is an error now and not in an hour
         load_config(config, [*overrides, *overrides_of({key: each.sample() for key, each in space.items()})])
-    run.write_config(settings)
     _make_inputs(stages, run, settings)
     training.start_ray()
     # Another search, which has another name, begins where anything that a trial depends on is another.

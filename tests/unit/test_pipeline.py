@@ -57,6 +57,19 @@ def test_what_several_stages_read_is_made_once_and_first(run: Run, monkeypatch: 
     assert made == ["prepare_interactions", "train_sasrec", "train_graph", "train_collm"]
 
 
+@pytest.mark.parametrize("ran", [True, False])
+def test_the_config_of_a_run_changes_where_something_is_made(
+    run: Run, monkeypatch: pytest.MonkeyPatch, ran: bool
+) -> None:
+    before, now = load_config("debug"), load_config("debug", ["llm.max_history=3"])
+    monkeypatch.setattr("ctd_scale.pipeline.run_stage", lambda *_: False)
+    run_with_inputs([stage_named("sasrec")], run, before)
+    assert run.read_config() == before, "there was none"
+    monkeypatch.setattr("ctd_scale.pipeline.run_stage", lambda *_: ran)
+    run_with_inputs([stage_named("sasrec")], run, now)
+    assert run.read_config() == (now if ran else before)
+
+
 @pytest.mark.parametrize("name", [*DISCRETE, *VARIANTS])
 def test_another_backbone_trains_and_ranks_the_llm_rivals_again(name: str, run: Run) -> None:
     for artifact in ("interactions", f"codes/{name}", f"baselines/{name}"):

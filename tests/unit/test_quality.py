@@ -92,6 +92,17 @@ def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(tmp_path: Path) 
     assert text == markdown(stored, "quality.png")
 
 
+def test_rows_of_other_users_are_another_table(tmp_path: Path) -> None:
+    """As where a log is filtered otherwise: neither is lost, and they are not ranked against each other."""
+    target = tmp_path / "quality.md"
+    write_quality([row("popularity", 0.1), row("full", 0.3)], target, "one")
+    write_quality([row("full", 0.2, users=7)], target, "two")
+    assert len(json.loads(target.with_suffix(".json").read_text())) == 3
+    heads = [line for line in target.read_text().splitlines() if line.startswith("## ")]
+    alike = "## lastfm, leave-one-out by order, seen items masked"
+    assert heads == [f"{alike}, 10 users, 20 items", f"{alike}, 7 users, 20 items"]
+
+
 def test_how_far_a_row_is_from_one_that_has_changed_is_not_known_any_more(tmp_path: Path) -> None:
     target = tmp_path / "quality.md"
 
