@@ -98,6 +98,10 @@ class Run:
             )
         return run
 
+    def __post_init__(self) -> None:
+        if not self.storage:
+            raise ArtifactError("the storage of runs is empty, as of a variable that is not set; give --storage DIR")
+
     @property
     def url(self) -> str:
         return f"{self.storage.rstrip('/')}/{self.name}"

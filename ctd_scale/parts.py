@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 import torch
+from ray.exceptions import RayError
 
 from ctd_scale import training
 from ctd_scale.artifacts import put_file
 from ctd_scale.config_resources import StageResources
+from ctd_scale.terminal import TrainingError
 
 
 class PartMaker(Protocol):
@@ -44,7 +46,7 @@ def write_parts(
     `folder` is a path or fsspec URL that every node sees. Each of `resources.num_workers` actors makes a
     `maker(**arguments)`. A file appears whole or not at all, so a kill costs the parts that were being made.
     """
-    filesystem, root = fsspec.url_to_fs(folder)
+    filesystem, root = fsspec.url_to_fs(folder)  # absolute where it is local, as actors need it
     filesystem.makedirs(root, exist_ok=True)
     missing = [part for part in range(count) if not filesystem.exists(f"{root}/{part_name(part)}")]
     if not missing:
@@ -55,7 +57,7 @@ def write_parts(
         fn_constructor_kwargs={
             "maker": maker,
             "arguments": dict(arguments),
-            "folder": folder,
+            "folder": folder if "://" in folder else str(root),
             "threads": training.threads_per_worker(resources),
         },
         concurrency=min(resources.num_workers, len(missing)),
@@ -64,9 +66,12 @@ def write_parts(
     )
     with training.shown_progress(stage, logs):
         done = count - len(missing)
-        for _ in made.iter_batches(batch_size=1):
-            done += 1
-            training.write_progress(logs, done, count)
+        try:
+            for _ in made.iter_batches(batch_size=1):
+                done += 1
+                training.write_progress(logs, done, count)
+        except RayError as error:
+            raise TrainingError(f"{stage} failed on its workers: {error}") from error
 
 
 class WriteParts:

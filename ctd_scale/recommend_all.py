@@ -74,7 +74,7 @@ def recommend_all(run: Run, out: str, order: Order) -> int:
     write_parts(
         RecommendPart,
         {
-            "storage": run.storage,
+            "storage": str(run.root.parent) if run.is_local else run.storage,  # actors start in another folder
             "name": run.name,
             "order": asdict(order),
             "part_users": PART_USERS,

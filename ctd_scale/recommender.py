@@ -72,7 +72,7 @@ class RankStep:
         seconds, ranking = {} if seconds is None else seconds, self.ranking
         wanted = boosts if boosts is not None and any(each is not None for each in boosts) else None
         draws, errors, latest = None, None, None
-        if ranking.draws or ranking.error:
+        if ranking.generates:
             with timed("draws", seconds):
                 latest = self.density.latest(histories, self.retrieve.retriever.vectors)
                 draws = self.density.draws(preferences, latest=latest)
@@ -224,7 +224,7 @@ def require_made_with(artifact: Artifact, config: RunConfig, section: str) -> No
         name = other[0]
         raise ArtifactError(
             f"{artifact.path} was made with {name}={made[name]!r}, and now the config of the run says {now[name]!r}; "
-            f"finish `ctd run` with that config, or give --set {name}={json.dumps(made[name])}"
+            f"finish `ctd run` with that config, or set {name} back to {json.dumps(made[name])} in the run's run.toml"
         )
 
 

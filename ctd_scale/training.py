@@ -63,7 +63,11 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **options)
+        try:
+            ray.init(address="auto", **options)
+        except ConnectionError as error:
+            hint = "is it up, and where it asks for a token, is RAY_AUTH_MODE=token set here, too?"
+            raise TrainingError(f"{error} (RAY_ADDRESS={os.environ['RAY_ADDRESS']}): {hint}") from error
     else:
         # Nobody takes this machine away with a notice: an actor less to start for every training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

@@ -88,11 +88,11 @@ class Backend(Protocol):
     def observe(self, record: Record) -> None: ...
 
 
-def make_api(backend: Backend, config: ServingConfig) -> FastAPI:
-    """The endpoint around a chain."""
+def make_api(backend: Backend, config: ServingConfig, *, proxied: bool = False) -> FastAPI:
+    """The endpoint around a chain. `proxied`: behind Ray Serve, which gives ids to requests and answers with them."""
     api = FastAPI(title="ctd-scale", version=__version__, description="Generative recommendation.")
     api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
-    api.add_middleware(Observed, observe=backend.observe)
+    api.add_middleware(Observed, observe=backend.observe, echoed=proxied)
     _add_error_handlers(api)
     _add_page(api)
     documented: dict[int | str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ from ctd_scale.latency import described
 from ctd_scale.serving.deployments import App, Preference
 from ctd_scale.serving.release import Coordinator, Source, source_of
 from ctd_scale.serving.shards import Shard
-from ctd_scale.terminal import console
+from ctd_scale.terminal import ServingError, console
 from ctd_scale.training import start_ray
 
 APPLICATION = "ctd-scale"
@@ -76,11 +76,11 @@ def serve_run(open_run: Callable[[], tuple[Run, RunConfig]], *, host: str, port:
 
     At SIGHUP `open_run` is asked again, and what it gives is served from then on. With `blocking=False` it returns once
     the endpoint answers; `stop_serving` ends it. Raises ArtifactError as `source_of` does, ValueError where the port is
-    taken, RuntimeError where the replicas do not come up.
+    taken, ServingError where the replicas do not come up.
     """
     source = source_of(*open_run())
     application = build_app(source)
-    if not os.environ.get("RAY_ADDRESS"):  # in a cluster the port is another machine's
+    if not port or not os.environ.get("RAY_ADDRESS"):  # in a cluster the port may be another machine's
         port = _free_port(host, port)
     with ExitStack() as undo:
         if not ray.is_initialized():
@@ -202,7 +202,7 @@ def _wait_until_ready(url: str) -> None:
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{url}/readyz does not answer: {error}") from None
+                raise ServingError(f"{url}/readyz does not answer: {error}; logs/serving of the run says why") from None
         time.sleep(0.05)
 
 

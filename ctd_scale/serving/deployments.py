@@ -179,7 +179,7 @@ class App(Step):
         return searched
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_api(self, self._config)
+        return make_api(self, self._config, proxied=True)
 
     async def ready(self) -> None:
         """Once through all steps, whatever they answer; at once where that has been done."""

@@ -35,11 +35,12 @@ class Record:
 
 
 class Observed:
-    """Gives each request an id, or keeps the one that it brings in `X-Request-ID`; answers with it and with
-    `Server-Timing`; hands a record of it to `observe` and, as one line of JSON, to the log `ctd_scale.access`."""
+    """Gives each request an id, or keeps the one that it brings in `X-Request-ID`; answers with it, unless it is
+    `echoed` by what is in front, and with `Server-Timing`; hands a record of it to `observe` and, as one line of JSON,
+    to the log `ctd_scale.access`."""
 
-    def __init__(self, app: ASGIApp, observe: Callable[[Record], None]) -> None:
-        self._app, self._observe = app, observe
+    def __init__(self, app: ASGIApp, observe: Callable[[Record], None], *, echoed: bool = False) -> None:
+        self._app, self._observe, self._echoed = app, observe, echoed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,7 +56,8 @@ class Observed:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = request_id
+                if not self._echoed:
+                    headers[REQUEST_ID] = request_id
                 if stages := state.get(STAGES):
                     headers[SERVER_TIMING] = ", ".join(f"{name};dur={1e3 * each:.2f}" for name, each in stages.items())
             await send(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ def test_every_user_gets_what_recommend_answers(run: Run, ray_session: None, tmp
         assert row["text"] == answer.text
 
 
-def test_a_baseline_does_it_too(run: Run, ray_session: None, tmp_path: Path) -> None:
-    recommend_all(run, str(tmp_path), Order(k=5, model="item_knn"))
+def test_a_baseline_does_it_too(run: Run, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # actors are somewhere else
+    named = Run(os.path.relpath(run.root.parent), run.name)
+    recommend_all(named, ".", Order(k=5, model="item_knn"))
     rows = pq.read_table(tmp_path / part_name(0)).to_pylist()
     baseline = BaselineRecommender(run, "item_knn")
     assert json.loads((tmp_path / MANIFEST).read_text())["version"] == baseline.version

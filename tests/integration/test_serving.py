@@ -61,6 +61,9 @@ def test_health_and_documentation(server: Server, recommender: Recommender) -> N
     for path, status in (("/v1/version", "ok"), ("/readyz", "ready")):
         assert server.client.get(path).json() == {"status": status, "version": recommender.version}
     assert server.client.get("/docs").status_code == 200
+    answer = server.client.get("/healthz", headers={"X-Request-ID": "mine"})
+    assert answer.headers.get_list("X-Request-ID") == ["mine"]
+    assert len(server.client.get("/healthz").headers.get_list("X-Request-ID")) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"explain": True}, {"exclude_seen": False, "k": 3}, {"k": 50}])

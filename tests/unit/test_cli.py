@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ctd_scale.cli import main
 from ctd_scale.cli_options import configured
 from ctd_scale.config import load_config
 from ctd_scale.recommender import require_made_with
+from ctd_scale.serving import app
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -35,6 +38,53 @@ def test_errors_of_the_system_are_messages(tmp_path: Path, capsys: pytest.Captur
     assert "nosuch" in said
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("tune bpr_mf -c debug --trials 0", "--trials"),
+        ("tune bpr_mf -c debug --concurrent 0", "--concurrent"),
+        ("tune bpr_mf -c debug --least-epochs 0", "--least-epochs"),
+        ("bench quality -d debug --seeds 0", "--seeds"),
+        ("bench ablation -d debug --seeds 0", "--seeds"),
+        ("bench quality -d debug --models ,", "--models is empty; models: popularity"),
+        ("bench quality -d debug --out table.json", "--out table.json: expected a file name that ends in .md"),
+        ("bench ablation -d debug --out folder.md", "--out folder.md: expected a file name"),
+        ("bench quality -d debug --out other.md", "other.json is not the JSON of a table that `ctd bench` wrote"),
+        ("bench serve --run run --k 0", "--k 0: expected 1 to serving.max_k=500"),
+        ("bench serve --run run --k 501", "--k 501: expected"),
+        ("bench serve --run run --clients 2,a", "--clients 2,a"),
+        ("bench serve --run run --json gone/load.json", "--json gone/load.json: expected the name of a file"),
+        ("bench latency --run run --json folder.md", "--json folder.md: expected the name of a file"),
+        ("run -c debug --storage ", "the storage of runs is empty"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Run(".", "run").write_config(load_config("debug"))
+    (tmp_path / "folder.md").mkdir()
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    before = sorted(tmp_path.rglob("*"))
+    assert message in refused(capsys, *command.split(" "))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nobody_need_listen_to_what_is_said() -> None:
+    script = f"{sys.executable} -c 'import ctd_scale.terminal' >&-"
+    assert subprocess.run(["bash", "-c", script], check=False).returncode == 0
+
+
+def test_an_endpoint_that_does_not_come_up_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(app, "READY_TIMEOUT_S", 0)
+    monkeypatch.setattr("ctd_scale.cli.app", lambda **_: app._wait_until_ready("http://127.0.0.1:9"))
+    with pytest.raises(SystemExit, match="1"):
+        main(["serve"])
+    assert capsys.readouterr().err.startswith("error: http://127.0.0.1:9/readyz does not answer: ")
+
+
 def test_a_path_may_hold_any_character(tmp_path: Path) -> None:
     path = f'{tmp_path}/spätze 😀 "quoted" 𠀋/l.parquet'
     assert configured(None, None, None, path, path, path).interactions.interactions == path
@@ -45,7 +95,8 @@ def test_a_log_that_is_not_there_leaves_the_config_of_a_run(tmp_path: Path, caps
     run.write_config(config)
     log = ["--interactions", f"{tmp_path}/nope.parquet", "--items", f"{tmp_path}/nope.parquet"]
     where = ["--storage", str(tmp_path), "--name", "mine"]
-    for command in (["run", "-c", "debug"], ["data"], ["train", "interactions", "-c", "debug"]):
+    tune = ["tune", "bpr_mf", "-c", "debug", "--range", "baselines.bpr_mf.epochs=1,2"]
+    for command in (["run", "-c", "debug"], ["data"], ["train", "interactions", "-c", "debug"], tune):
         said = refused(capsys, *command, *where, *log, "--set", "llm.max_history=2")
         assert "nope.parquet': no such file" in said
         assert run.read_config() == config
@@ -62,7 +113,7 @@ def test_a_model_is_not_read_with_other_settings_than_it_was_made_with(override:
     if same:
         require_made_with(artifact, config, "llm")
     else:
-        message = r"models/llm was made with llm\.max_history=30, .* says 2; .*--set llm\.max_history=30"
+        message = r"models/llm was made with llm\.max_history=30, .* says 2; .*set llm\.max_history back to 30"
         with pytest.raises(ArtifactError, match=message):
             require_made_with(artifact, config, "llm")
     require_made_with(Artifact("models/llm", Path(), json.loads("{}")), config, "llm")

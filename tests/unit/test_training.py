@@ -51,6 +51,16 @@ def test_another_error_is_not_tried_again(tried: list[Exception]) -> None:
         training.start_ray()
 
 
+def test_a_cluster_that_cannot_be_joined_is_named(tried: list[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(TrainingError, match=r"Failed to connect.*RAY_ADDRESS=somewhere:6379.*RAY_AUTH_MODE=token"):
+        training.start_ray()
+
+
 def test_steps_are_passed_on_and_shown(tmp_path: Path) -> None:
     seen = []
     for item in training.shown_steps(iter("abc"), 3, "a stage", tmp_path):
