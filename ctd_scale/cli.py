@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import sys
@@ -337,7 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="ctd")
     except (ValueError, TrainingError, ServingError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        hint = "; free some space and give the same command again: what is published stays" if full else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RuntimeError) else 2)
 
 

@@ -85,6 +85,14 @@ def test_an_endpoint_that_does_not_come_up_is_a_message(
     assert capsys.readouterr().err.startswith("error: http://127.0.0.1:9/readyz does not answer: ")
 
 
+def test_a_full_disk_is_a_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(**_: Any) -> None:
+        Path("/dev/full").write_text("more than fits")
+
+    monkeypatch.setattr("ctd_scale.cli.app", write)
+    assert "No space left on device; free some space and give the same command again" in refused(capsys, "run")
+
+
 def test_a_path_may_hold_any_character(tmp_path: Path) -> None:
     path = f'{tmp_path}/spätze 😀 "quoted" 𠀋/l.parquet'
     assert configured(None, None, None, path, path, path).interactions.interactions == path
