@@ -170,16 +170,22 @@ def one_worker(tmp_path: Path) -> Iterator[OneWorker]:
         yield worker
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """This process as a group of its own: what DeepSpeed needs to train in it."""
+@pytest.fixture(scope="session")
+def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for all tests of this process: DeepSpeed keeps the first that it sees."""
     store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def process_group(group_of_one: None) -> Iterator[None]:
+    """This process as a group of its own: what DeepSpeed needs to train in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
         patch.setenv("DS_ACCELERATOR", "cpu")  # which the loop sets; later tests may have a GPU
         yield
-    torch.distributed.destroy_process_group()
 
 
 CHAT_TEMPLATE = (
