@@ -312,14 +312,17 @@ def test_what_reads_histories_rests(folder: Path) -> None:
     assert np.abs(one["head.project.weight"]).max() > 1e-2
 
 
-def test_histories_are_read_before_the_llm_is_there(tmp_path: Path, tiny_chain: Any, backbone: Path) -> None:
+def test_histories_are_read_before_the_llm_is_there(
+    tmp_path: Path, tiny_chain: Any, backbone: Path, in_this_process: InThisProcess
+) -> None:
     run, config = make_run(tmp_path, "reading", tiny_chain), make_config(backbone, epochs=1)
     config = config.model_copy(update={"history": HistoryConfig(num_blocks=1, epochs=3)})
     train_history(run, config, "key")
     read = run.fetch("models/history")
     assert 1 <= read.manifest["facts"]["best_epoch"] <= 3
     assert read.manifest["facts"]["training_seconds"] > 0
-    train.train_llm(run, config, "key", history=read)
+    with in_this_process(tmp_path / "worker"):
+        train.train_llm(run, config, "key", history=read)
     published = weights(run.fetch("models/llm").path)
     found = load_file(read.path / HISTORY)
     assert found["vectors"].shape == (20, 12)
