@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from ctd_scale import __version__
 from ctd_scale.config_serving import ServingConfig
-from ctd_scale.serving.middleware import STAGES, BodyLimit, Observed, Record
+from ctd_scale.serving.middleware import STAGES, BodyLimit, Door, Guarded, Observed, Record
 from ctd_scale.serving.schema import (
     MAX_CHARS,
     BatchRequest,
@@ -46,7 +46,7 @@ STATUSES = {
     413: "the body is too large",
     422: "a field is wrong",
     429: "too many requests wait",
-    503: "no replica is there",
+    503: "no replica is there, or the server is ending",
     504: "no answer in time",
 }
 PAGE = {
@@ -79,6 +79,8 @@ class Backend(Protocol):
     def version(self) -> str: ...
     @property
     def tuned(self) -> dict[str, float] | None: ...
+    @property
+    def door(self) -> Door: ...
     async def ready(self) -> None: ...
     async def recommend(self, request: RecommendRequest) -> Answered: ...
     async def picture(self, request: RecommendRequest) -> dict[str, Any]: ...
@@ -92,6 +94,7 @@ def make_api(backend: Backend, config: ServingConfig, *, proxied: bool = False) 
     """The endpoint around a chain. `proxied`: behind Ray Serve, which gives ids to requests and answers with them."""
     api = FastAPI(title="ctd-scale", version=__version__, description="Generative recommendation.")
     api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+    api.add_middleware(Guarded, door=backend.door)
     api.add_middleware(Observed, observe=backend.observe, echoed=proxied)
     _add_error_handlers(api)
     _add_page(api)

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from typing import Any
 
@@ -25,8 +25,9 @@ from ctd_scale.artifacts import Run
 from ctd_scale.config import RunConfig
 from ctd_scale.config_serving import ServingConfig
 from ctd_scale.latency import described
+from ctd_scale.serving.coordinator import Coordinator
 from ctd_scale.serving.deployments import App, Preference
-from ctd_scale.serving.release import Coordinator, Source, source_of
+from ctd_scale.serving.release import Source, source_of
 from ctd_scale.serving.shards import Shard
 from ctd_scale.terminal import ServingError, console
 from ctd_scale.training import start_ray
@@ -40,6 +41,10 @@ GPU_SHARE = 0.25
 PROXY_GRACE_S = 5.0
 READY_TIMEOUT_S = 60.0
 SWAP_TIMEOUT_S = 600.0
+CLOSE_TIMEOUT_S = 5.0
+# How long a replica that nobody asks any more stays. Serve's half minute is meant for balancers outside of it, which
+# are not told of replicas here; with it, ending took longer than the half minute that Kubernetes grants.
+DRAIN_S = "5"
 QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 
@@ -75,7 +80,7 @@ def serve_run(open_run: Callable[[], tuple[Run, RunConfig]], *, host: str, port:
     """Serve a run at http://host:port (port 0 = any free one) until Ctrl-C or SIGTERM; returns the URL.
 
     At SIGHUP `open_run` is asked again, and what it gives is served from then on. With `blocking=False` it returns once
-    the endpoint answers; `stop_serving` ends it. Raises ArtifactError as `source_of` does, ValueError where the port is
+    the endpoint answers; `shut_down` ends it. Raises ArtifactError as `source_of` does, ValueError where the port is
     taken, ServingError where the replicas do not come up.
     """
     source = source_of(*open_run())
@@ -85,8 +90,9 @@ def serve_run(open_run: Callable[[], tuple[Run, RunConfig]], *, host: str, port:
     with ExitStack() as undo:
         if not ray.is_initialized():
             undo.callback(ray.shutdown)
+        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", DRAIN_S)
         start_ray()
-        undo.callback(stop_serving)
+        undo.callback(stop_serving, source.config.serving.request_timeout_s)
         url = _start(application, source.config.serving, host, port)
         console.print(f"serving {source.run.url} at {url} (docs at {url}/docs)", highlight=False, soft_wrap=True)
         _say_tuned(source)
@@ -104,7 +110,7 @@ def swap(run: Run, config: RunConfig, url: str, called_off: Callable[[], bool] =
     server was started with. Raises ArtifactError as `source_of` does, RuntimeError where a replica cannot load it or it
     is not served in time, or called off.
     """
-    source = _ask_coordinator("publish", source_of(run, config))
+    source: Source = _ask_coordinator("publish", source_of(run, config))
     models, deadline = source.models, time.monotonic() + SWAP_TIMEOUT_S
     while (served := _served_version(url)) != source.version:
         # Its catalogue may have been changed meanwhile.
@@ -128,13 +134,12 @@ def _asking() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _ask_coordinator(method: str, source: Source) -> Source:
-    async def ask() -> Source:
+def _ask_coordinator(method: str, *arguments: Source, timeout_s: float = READY_TIMEOUT_S) -> Any:
+    async def ask() -> Any:
         handle = serve.get_deployment_handle("Coordinator", APPLICATION)
-        answer: Source = await getattr(handle, method).remote(source)
-        return answer
+        return await getattr(handle, method).remote(*arguments)
 
-    return asyncio.run_coroutine_threadsafe(ask(), _asking()).result(READY_TIMEOUT_S)
+    return asyncio.run_coroutine_threadsafe(ask(), _asking()).result(timeout_s)
 
 
 def _say_tuned(source: Source) -> None:
@@ -152,8 +157,13 @@ def _served_version(url: str) -> str:
         return str(json.load(answer)["version"])
 
 
-def stop_serving() -> None:
-    """Take the application down; requests in progress are answered first."""
+def stop_serving(grace_s: float) -> None:
+    """Take the application down. For `grace_s` at most, requests in progress are answered first, all their steps, and
+    others refused: where the application is deleted its deployments end side by side, and none waits for another."""
+    deadline = time.monotonic() + grace_s
+    with suppress(Exception):  # who cannot answer any more has nothing in progress
+        while not _ask_coordinator("close", timeout_s=CLOSE_TIMEOUT_S) and time.monotonic() < deadline:
+            time.sleep(0.1)
     serve.delete(APPLICATION)
 
 

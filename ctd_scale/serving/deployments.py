@@ -10,7 +10,9 @@ import asyncio
 import gc
 import logging
 import os
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from logging.handlers import RotatingFileHandler
@@ -30,7 +32,7 @@ from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.recommender import READ_FOR_PREFERENCE, Recommendation, excluded_items, load_preference, timed
 from ctd_scale.retrieval.boosts import Boosts
 from ctd_scale.serving.api import UNAVAILABLE, Answered, make_api
-from ctd_scale.serving.middleware import Record, access_log
+from ctd_scale.serving.middleware import Door, Record, access_log
 from ctd_scale.serving.picture import flattened
 from ctd_scale.serving.probe import Probe, Searched, keep_probing
 from ctd_scale.serving.release import Release, Source, open_release, serving_log
@@ -131,10 +133,12 @@ class App(Step):
         self._records: list[Record | Probe] = []
         self._searched: Searched | None = None
         self._warm, self._in_progress = False, 0
+        self.door = Door()
         _configure_batches(config, self._ranked)
         self._release = await self._opened(await coordinator.current.remote(None))
         open_logs(self._release.source.run.root / "logs" / "serving", config.access_log)
         self._following = asyncio.create_task(self._follow())
+        self._closing = asyncio.create_task(self._close_when_told())
         if every_s := config.recall_probe_s:
             probing = keep_probing(every_s, self._take_searched, self._compute, self.observe)
             self._probing = asyncio.create_task(probing)
@@ -169,6 +173,15 @@ class App(Step):
                 refused = source.number
                 if source.models != self._release.source.models:
                     self._coordinator.refuse.remote(source, repr(error).split("\\n")[0])
+
+    async def _close_when_told(self) -> None:
+        """Close the door where the coordinator says so, and tell it when nobody is inside any more."""
+        me = uuid.uuid4().hex
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            with suppress(*TRANSIENT):
+                empty = self.door.closed and not self.door.inside
+                self.door.closed = await self._coordinator.closing.remote(me, empty)
 
     async def _opened(self, source: Source, before: Release | None = None) -> Release:
         await self._shards.load(source.index)

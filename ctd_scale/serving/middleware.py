@@ -1,4 +1,4 @@
-"""What every request passes on its way in and out: a bound on its body, an id, a stopwatch."""
+"""What every request passes on its way in and out: an id, a stopwatch, a door, a bound on its body."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID, SERVER_TIMING = "X-Request-ID", "Server-Timing"
@@ -20,6 +21,8 @@ REQUEST_ID, SERVER_TIMING = "X-Request-ID", "Server-Timing"
 ID_FORMAT = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 # Where a route leaves the seconds of its stages in `scope["state"]`.
 STAGES = "stage_seconds"
+# Asked until the end: whether it is alive, and what it counted.
+LOOKED_AFTER = ("/healthz", "/metrics", "/v1/version")
 access_log = logging.getLogger("ctd_scale.access")
 
 
@@ -69,6 +72,36 @@ class Observed:
             record = Record(request_id, route, status, time.perf_counter() - started, dict(state.get(STAGES, {})))
             self._observe(record)
             access_log.info(json.dumps({**asdict(record), "method": scope["method"]}))
+
+
+@dataclass
+class Door:
+    """Whether requests are let in, and how many are inside."""
+
+    closed: bool = False
+    inside: int = 0
+
+
+class Guarded:
+    """Counts who is inside. Behind a closed door only those who look after the endpoint get in; others are told to ask
+    again, on another connection, which may lead elsewhere."""
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self._app, self._door = app, door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in LOOKED_AFTER:
+            await self._app(scope, receive, send)
+            return
+        if self._door.closed:
+            headers = {"Retry-After": "1", "Connection": "close"}
+            await JSONResponse({"error": "this server is ending, try again later"}, 503, headers)(scope, receive, send)
+            return
+        self._door.inside += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._door.inside -= 1
 
 
 class BodyLimit:

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 CONFIG = validate_config(
     {
-        "graph": {"embed_dim": 8, "fanout": [3, 2], "epochs": 100, "batch_size": 32, "checkpoint_every_steps": 6},
+        "graph": {"embed_dim": 8, "fanout": [3, 2], "epochs": 30, "batch_size": 32, "checkpoint_every_steps": 6},
         "resources": {"graph": {"num_workers": 2, "threads_per_worker": 1, "max_failures": 1}},
     },
     source="test",

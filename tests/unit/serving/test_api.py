@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from ctd_scale.config_serving import ServingConfig
 from ctd_scale.serving.api import Answered, make_api
-from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.middleware import Door, Record
 from ctd_scale.serving.schema import RecommendRequest, RequestError, UnknownItemError, UnknownUserError
 
 CONFIG = ServingConfig(max_k=50, max_history=4, max_requests=3, max_body_bytes=1000, request_timeout_s=0.05)
@@ -35,6 +35,7 @@ class Pretended:
 
     def __init__(self) -> None:
         self.tuned: dict[str, float] | None = None
+        self.door = Door()
         self.records: list[Record] = []
 
     async def ready(self) -> None:
@@ -220,6 +221,37 @@ def test_a_body_must_arrive_in_time(backend: Pretended) -> None:
     asyncio.run(over_sockets())
     assert time.monotonic() - started < 10
     assert [record.status for record in backend.records] == [408, 408, 200]
+
+
+def test_who_is_inside_is_answered_and_nobody_else_when_the_door_is_closed(backend: Pretended) -> None:
+    waiting = asyncio.Event()
+
+    async def similar(item_id: str, k: int) -> dict[str, Any]:
+        await waiting.wait()
+        return {"version": "v1", "items": []}
+
+    backend.similar = similar  # type: ignore[method-assign]
+    api = make_api(backend, CONFIG.model_copy(update={"request_timeout_s": 9.0}))
+
+    async def close() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as client:
+            inside = asyncio.create_task(client.get("/v1/items/a/similar"))
+            while not backend.door.inside:
+                await asyncio.sleep(0)
+            backend.door.closed = True
+            for path in ("/v1/items?query=a", "/readyz", "/"):
+                refused = await client.get(path)
+                assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+                assert refused.json() == {"error": "this server is ending, try again later"}
+                assert refused.headers["X-Request-ID"]
+            for path in ("/healthz", "/metrics", "/v1/version"):
+                assert (await client.get(path)).status_code == 200
+            assert backend.door.inside == 1
+            waiting.set()
+            assert (await inside).status_code == 200
+            assert backend.door.inside == 0
+
+    asyncio.run(close())
 
 
 def test_a_batch_answers_each_and_names_what_is_wrong_with_one(ask: Ask) -> None:

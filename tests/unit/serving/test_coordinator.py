@@ -1,4 +1,4 @@
-"""What the coordinator says is served, when a replica cannot load what should be."""
+"""What the coordinator says is served, when a replica cannot load what should be, and when all is closed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 
 from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.config import RunConfig
-from ctd_scale.serving.release import Coordinator, Source
+from ctd_scale.serving import coordinator as module
+from ctd_scale.serving.coordinator import Coordinator
+from ctd_scale.serving.release import Source
 
 
 def test_what_is_refused_gives_way_to_what_was_there_before(tmp_path: Path) -> None:
@@ -33,3 +35,22 @@ def test_what_is_refused_gives_way_to_what_was_there_before(tmp_path: Path) -> N
         assert await coordinator.current(None) == third
 
     asyncio.run(served())
+
+
+def test_all_is_closed_when_every_endpoint_that_is_alive_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "first"), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    async def closed() -> None:
+        coordinator = Coordinator(source)
+        assert not await coordinator.closing("a", False)
+        assert not await coordinator.closing("b", False)
+        assert not await coordinator.close()
+        assert await coordinator.closing("a", False)
+        assert await coordinator.closing("a", True)
+        assert not await coordinator.close(), "b may still answer somebody"
+        now[0] += module.GONE_S + 1
+        assert await coordinator.closing("a", True)
+        assert await coordinator.close(), "b is not there any more"
+
+    asyncio.run(closed())

@@ -1,0 +1,99 @@
+"""What all replicas of an application share, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ctd_scale.artifacts import ArtifactError
+from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.probe import Probe
+from ctd_scale.serving.release import Source, changed, serving_log
+from ctd_scale.serving.step import KEPT_VERSIONS
+from ctd_scale.serving.telemetry import Telemetry
+
+# How soon a change of the catalogue is seen, in a folder and behind a URL.
+LOOK_S, LOOK_AFAR_S = 0.2, 5.0
+# An endpoint that has not asked for so long is not there any more.
+GONE_S = 5.0
+
+
+class Coordinator:
+    """What all replicas share: the version that is served, the counts of what was asked, and whether it ends. One
+    process."""
+
+    def __init__(self, source: Source) -> None:
+        self._sources = [source]
+        self._telemetry = Telemetry()
+        self._closing, self._endpoints = False, dict[str, tuple[float, bool]]()
+        self._look_again, self._said = 0.0, ""
+
+    async def current(self, known: Source | None) -> Source:
+        """What is to be served. Whoever asks brings what it serves: after a failure this process knows no more than
+        what it was started with, and learns the rest from them."""
+        if known is not None and known.number > self._sources[-1].number:
+            self._keep(known)
+        await self._look_for_changes()
+        return self._sources[-1]
+
+    async def _look_for_changes(self) -> None:
+        """Take up what `ctd index` did to the catalogue; what cannot be read is logged once, and the rest goes on."""
+        now, served = time.monotonic(), self._sources[-1]
+        if now < self._look_again:
+            return
+        self._look_again = now + (LOOK_S if served.run.is_local else LOOK_AFAR_S)
+        try:
+            source = await asyncio.to_thread(changed, served)
+        except (ValueError, OSError) as error:
+            if str(error) != self._said:
+                serving_log.exception("the catalogue's changes cannot be served")
+            self._said = str(error)
+            return
+        self._said = ""
+        if source is not served and served is self._sources[-1]:
+            self._keep(replace(source, number=served.number + 1))
+
+    async def publish(self, source: Source) -> Source:
+        """Serve this from now on."""
+        self._keep(replace(source, number=self._sources[-1].number + 1))
+        return self._sources[-1]
+
+    async def refuse(self, refused: Source, why: str) -> None:
+        """A replica cannot load this: what was served before it goes on, for replicas, too, that start later."""
+        if refused.number == self._sources[-1].number and len(self._sources) > 1:
+            before = self._sources[-2]
+            self._sources = [replace(before, number=refused.number + 1, instead_of=why)]
+
+    async def source(self, models: str) -> Source:
+        """Where the models of a version lie. Raises ArtifactError where they are served no more."""
+        for source in reversed(self._sources):
+            if source.models == models:
+                return source
+        raise ArtifactError(f"version {models} is not served any more")
+
+    async def close(self) -> bool:
+        """The endpoints are to refuse what comes from now on; whether all have heard of it and answered the rest."""
+        self._closing = True
+        alive = time.monotonic() - GONE_S
+        return all(done for asked, done in self._endpoints.values() if asked > alive)
+
+    async def closing(self, endpoint: str, done: bool) -> bool:
+        """Whether the endpoints are to close. Each asks over and over, and says whether it has done so."""
+        self._endpoints[endpoint] = time.monotonic(), done
+        return self._closing
+
+    async def observe(self, records: Sequence[Record | Probe]) -> None:
+        """Count these requests, and what was probed."""
+        self._telemetry.observe(records)
+
+    async def metrics(self, records: Sequence[Record | Probe] = ()) -> str:
+        """Everything counted, these included, in Prometheus' text format."""
+        self._telemetry.observe(records)
+        return self._telemetry.text(self._sources[-1].version)
+
+    def _keep(self, source: Source) -> None:
+        """The latest source of each of the latest models."""
+        others = [each for each in self._sources if each.models != source.models]
+        self._sources = [*others, source][-KEPT_VERSIONS:]
