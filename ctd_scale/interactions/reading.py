@@ -6,6 +6,7 @@ opened through fsspec, so a path may be local or a URL, and `.gz` text files are
 
 from __future__ import annotations
 
+import codecs
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def expand(pattern: str, key: str) -> list[str]:
 def columns_of(path: str) -> list[str]:
     """The columns of a file: its schema, its header, or the keys of its first lines.
 
-    Raises BadInputError: the file is empty or not of the format that its suffix says.
+    Raises BadInputError: the file is empty, not of the format that its suffix says, or not in UTF-8.
     """
     filesystem, root = fsspec.url_to_fs(path)
     if filesystem.size(root) == 0:
@@ -81,6 +82,9 @@ def columns_of(path: str) -> list[str]:
         kind = FORMATS[_suffix(path)]
         if kind == "parquet":
             return [str(name) for name in pq.ParquetFile(file).schema_arrow.names]
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # how spreadsheets save "Unicode text"
+            raise BadInputError(f"{path} is in UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+        file.seek(0)
         columns = text_columns(file, kind)
     if not columns and kind == "jsonl":
         raise BadInputError(f"{path}: none of its first lines is a JSON object; write one object per line")

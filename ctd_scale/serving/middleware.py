@@ -51,6 +51,9 @@ class Observed:
             return
         brought = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = brought if ID_FORMAT.fullmatch(brought) else uuid.uuid4().hex
+        method = scope["method"]
+        if method == "HEAD":  # some balancers ask so; the server leaves the body away
+            scope = {**scope, "method": "GET"}
         state: MutableMapping[str, dict[str, float]] = scope.setdefault("state", {})
         started, status = time.perf_counter(), 500
 
@@ -71,7 +74,7 @@ class Observed:
             route = getattr(scope.get("route"), "path", "unknown")
             record = Record(request_id, route, status, time.perf_counter() - started, dict(state.get(STAGES, {})))
             self._observe(record)
-            access_log.info(json.dumps({**asdict(record), "method": scope["method"]}))
+            access_log.info(json.dumps({**asdict(record), "method": method}))
 
 
 @dataclass

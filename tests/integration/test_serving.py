@@ -64,6 +64,9 @@ def test_health_and_documentation(server: Server, recommender: Recommender) -> N
     answer = server.client.get("/healthz", headers={"X-Request-ID": "mine"})
     assert answer.headers.get_list("X-Request-ID") == ["mine"]
     assert len(server.client.get("/healthz").headers.get_list("X-Request-ID")) == 1
+    for path, status in (("/healthz", 200), ("/readyz", 200), ("/", 200), ("/nowhere", 404)):
+        asked = server.client.head(path)  # as some balancers do
+        assert (asked.status_code, asked.content) == (status, b"")
 
 
 @pytest.mark.parametrize("options", [{}, {"explain": True}, {"exclude_seen": False, "k": 3}, {"k": 50}])

@@ -120,6 +120,10 @@ def test_empty_and_damaged_files_are_refused(tmp_path: Path) -> None:
     array.write_text('[{"user_id": 1},\n{"user_id": 2}]\n')
     with pytest.raises(BadInputError, match=r"none of its first lines is a JSON object; write one object per"):
         columns_of(str(array))
+    wide = tmp_path / "wide.csv"
+    wide.write_text("user_id,item_id\n1,2\n", encoding="utf-16")
+    with pytest.raises(BadInputError, match=r"/wide\.csv is in UTF-16, expected UTF-8; convert it: iconv"):
+        columns_of(str(wide))
     packed = write_gzip(tmp_path / "log")
     packed.write_bytes(packed.read_bytes()[:-12])
     with pytest.raises(BadInputError, match=r"/log\.csv\.gz cannot be read: "):

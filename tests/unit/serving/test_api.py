@@ -101,6 +101,7 @@ def test_an_answer_is_sent_as_it_is(ask: Ask) -> None:
 def test_health_and_documentation(ask: Ask, backend: Pretended) -> None:
     for path, status in (("/healthz", "ok"), ("/v1/version", "ok"), ("/readyz", "ready")):
         assert ask("GET", path).json() == {"status": status, "version": "v1"}
+        assert ask("HEAD", path).status_code == 200
     backend.tuned = {"num_draws": 8, "effort": 0.5}
     assert ask("GET", "/v1/version").json() == {"status": "ok", "version": "v1", "tuned": backend.tuned}
     assert ask("GET", "/docs").status_code == 200
