@@ -27,10 +27,10 @@ from rich.table import Table
 
 from ctd_scale import training
 from ctd_scale.artifacts import Run, link_artifact, write_text
-from ctd_scale.config import ConfigError, RunConfig, load_config, resolve_config
+from ctd_scale.config import ConfigError, RunConfig, load_config, resolve_config, section_hash
 from ctd_scale.environment import machine, versions
 from ctd_scale.evaluate import rank_baseline
-from ctd_scale.pipeline import ALL_STAGES, BASELINES, Stage, run_stage, run_with_inputs, stage_hash, stage_named
+from ctd_scale.pipeline import ALL_STAGES, BASELINES, Stage, run_stage, run_with_inputs, sections_of, stage_named
 from ctd_scale.terminal import TrainingError, console
 
 METRIC = "ndcg"
@@ -109,9 +109,7 @@ def search(
         load_config(config, [*overrides, *overrides_of({key: each.sample() for key, each in space.items()})])
     _make_inputs(stages, run, settings)
     training.start_ray()
-    # Another search, which has another name, begins where anything that a trial depends on is another.
-    asked = [stage_hash(stages[0], run, settings), *sorted(ranges), trials, least_epochs]
-    name = f"{stages[0].name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}"
+    name = _name(stages, run, settings, [*sorted(ranges), trials, least_epochs])
     folder = run.root / "tune" / name
     arguments = {
         "stages": [stage.name for stage in stages],
@@ -184,11 +182,25 @@ def _stages(stage: Stage) -> list[Stage]:
     return [stage_named(name) for name in tuned[stage.name]]
 
 
-def _make_inputs(stages: Sequence[Stage], run: Run, config: RunConfig) -> None:
-    """Make all that these stages read and do not make themselves."""
+def _inputs(stages: Sequence[Stage]) -> list[str]:
+    """All that these stages read and do not make themselves."""
     made = {name for stage in stages for name in stage.outputs}
-    needed = {name for stage in stages for name in stage.inputs} - made
+    return sorted({name for stage in stages for name in stage.inputs} - made)
+
+
+def _make_inputs(stages: Sequence[Stage], run: Run, config: RunConfig) -> None:
+    needed = set(_inputs(stages))
     run_with_inputs([maker for maker in ALL_STAGES if needed & set(maker.outputs)], run, config)
+
+
+def _name(stages: Sequence[Stage], run: Run, config: RunConfig, asked: list[Any]) -> str:
+    """Another search, which has another name, begins where anything is another that a trial depends on: what is asked,
+    what its stages read, their settings, and how they are ranked."""
+    made = [(stage.name, stage.revision) for stage in stages]
+    sections = sorted({"evaluation", *(name for stage in stages for name in sections_of(stage, config))})
+    read = [run.fetch(name, verify=False).digest for name in _inputs(stages)]
+    payload = json.dumps([made, section_hash(config, sections), read, asked])
+    return f"{stages[0].name}-{hashlib.sha256(payload.encode()).hexdigest()[:8]}"
 
 
 def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -198,8 +210,7 @@ def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
     base = Run(arguments["storage"], arguments["name"])
     own = Run(arguments["trials"], tune.get_context().get_trial_id())  # settings may be drawn twice
     stages = [stage_named(name) for name in arguments["stages"]]
-    made = {name for stage in stages for name in stage.outputs}
-    for name in {name for stage in stages for name in stage.inputs} - made:
+    for name in _inputs(stages):
         if not own.exists(name):
             link_artifact(name, base, own)
     own.write_config(config)

@@ -10,8 +10,9 @@ import pytest
 from ray.tune.search.sample import Categorical, Float, Integer
 
 from ctd_scale.artifacts import Run
-from ctd_scale.config import ConfigError
-from ctd_scale.tuning import _trial_of, overrides_of, read_range, search
+from ctd_scale.config import ConfigError, load_config
+from ctd_scale.pipeline import stage_named
+from ctd_scale.tuning import _inputs, _name, _stages, _trial_of, overrides_of, read_range, search
 
 
 def test_ranges_in_words() -> None:
@@ -77,3 +78,23 @@ def test_a_trial_that_failed_at_once_says_why() -> None:
         found = _trial_of(failed)
         assert (found.settings, found.validated, found.error) == ({"llm.epochs": 2}, [], "no such file")
         assert not found.stopped_early
+
+
+def test_another_search_begins_where_a_trial_would_end_otherwise(tmp_path: Path) -> None:
+    run, stages = Run(str(tmp_path), "run"), _stages(stage_named("train_diffusion"))
+    for name in _inputs(stages):
+        with run.publish(name, config_hash="", inputs={}) as folder:
+            (folder / "made").write_text("first")
+
+    def name(*overrides: str) -> str:
+        return _name(stages, run, load_config("debug", overrides), ["ranges"])
+
+    before = name()
+    assert name() == before
+    assert name("serving.max_k=7") == before
+    others = {
+        name(each) for each in ("diffusion.epochs=7", "evaluation.mask_seen=false", "evaluation.calibration_users=7")
+    }
+    with run.publish("index", config_hash="", inputs={}) as folder:
+        (folder / "made").write_text("again")
+    assert len({before, name(), *others}) == 5
