@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
@@ -60,3 +61,13 @@ def discard(folder: str, stage: str) -> None:
     if "://" not in folder:
         for checkpoints in Path(folder).glob(f"{stage}-*"):
             shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def discard_staged(folder: Path, stage: str, outputs: Sequence[str]) -> None:
+    """Remove what was staged for a stage that is over: what its workers exported, of which its artifacts are copies
+    (`stage`: the name of its checkpoints, if it has any), and what killed starts had begun to write of the artifacts.
+    """
+    begun = [f"{output.replace('/', '-')}-{'[0-9a-f]' * 8}" for output in outputs]
+    for pattern in [f"{stage}-*-export", *begun] if stage else begun:
+        for left in folder.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)

@@ -20,7 +20,7 @@ from numpy import ndarray
 from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.baselines.names import DISCRETE, TRAINED, VARIANTS
 from ctd_scale.batches import InteractionLog, NodeArrays, Preferences, Split
-from ctd_scale.checkpoints import discard
+from ctd_scale.checkpoints import discard, discard_staged
 from ctd_scale.config import ConfigError, LLMConfig, RunConfig, section_hash, section_values
 from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.config_section import Section
@@ -312,6 +312,7 @@ def run_stage(stage: Stage, run: Run, config: RunConfig) -> bool:
         stage.make(replace(run, settings=section_values(config, sections_of(stage, config))), config, key)
         if stage.checkpoints:
             discard(run.checkpoints, stage.checkpoints)
+        discard_staged(run.root / ".staging", stage.checkpoints, stage.outputs)
     console.print(f"[green]✓[/] {stage.name} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
     return True
 

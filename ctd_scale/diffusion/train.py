@@ -57,6 +57,7 @@ def train_diffusion(run: Run, config: RunConfig, config_hash: str, vectors: np.n
     with run.publish("models/diffusion", config_hash=config_hash, inputs=inputs, facts=facts) as folder:
         for file in files:
             shutil.copy(file, folder / file.name)
+    staged.unlink()
 
 
 def train_loop(arguments: dict[str, Any]) -> None:

@@ -104,6 +104,12 @@ def test_what_follows_a_resumed_stage_does_not_run_again(chains: Path) -> None:
     assert said.count("unchanged") == len(STAGES) - 1, said
 
 
+@pytest.mark.parametrize("name", ["whole", "killed"])
+def test_nothing_is_kept_twice(chains: Path, name: str) -> None:
+    assert not list((chains / name / ".staging").iterdir())
+    assert not list((chains / name / "checkpoints").iterdir())
+
+
 def test_every_model_of_the_table_is_ranked_on_both_splits(chains: Path) -> None:
     report = json.loads((chains / "whole" / "metrics" / "evaluation.json").read_text())
     models = {"popularity", "lightgcn", "preference", "single_draw", "draws", "error", "full", "full_text"}

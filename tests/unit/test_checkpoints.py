@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ctd_scale.checkpoints import SNAPSHOT, keep_newest, seal
+from ctd_scale.checkpoints import SNAPSHOT, discard_staged, keep_newest, seal
 
 
 def checkpoint(root: Path, name: str, ranks: int = 1) -> Path:
@@ -59,3 +59,15 @@ def test_what_is_not_whole_is_passed_over(tmp_path: Path, damage: object) -> Non
     damage(newest)
     assert keep_newest(str(root)) == f"{root}/checkpoint_1"
     assert not newest.exists()
+
+
+def test_what_a_stage_staged_goes_and_nothing_else(tmp_path: Path) -> None:
+    mine = ("graph-0123456789ab-export", "graph-01234567", "embeddings-89abcdef", "embeddings_at_test-89abcdef")
+    others = ("models-llm-01234567", "llm-0123456789ab-export", "changes-3-01234567", "graph-01234567-more")
+    for name in (*mine, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+    discard_staged(tmp_path, "graph", ("graph", "embeddings", "embeddings_at_test"))
+    assert sorted(left.name for left in tmp_path.iterdir()) == sorted(others)
+    discard_staged(tmp_path, "", ("models/llm",))
+    assert sorted(left.name for left in tmp_path.iterdir()) == sorted(others[1:])
