@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -17,6 +20,19 @@ import fsspec
 PREFIX = "checkpoint_"  # Ray Train names them by time, so the newest sorts last
 CONTENTS = "contents-{writer}.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+SCRATCH, LEFT_S = "ctd-checkpoint-", 86_400
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder on this machine to write a checkpoint in before it is stored. Those that killed workers have left for a
+    day are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with suppress(OSError):  # somebody else's
+            if time.time() - left.stat().st_mtime > LEFT_S:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
+        yield Path(folder)
 
 
 def seal(folder: Path, writer: int, writers: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(index, name="index")
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 STAGE_ALIASES = {
     "interactions": "prepare_interactions",
     "preferences": "export_preferences",
@@ -337,8 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment.set_defaults()
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="ctd")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("interrupted; what is finished stays, and the same command goes on from there", file=sys.stderr)
+        raise
     except (ValueError, TrainingError, ServingError, OSError, ImportError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        full = os.strerror(errno.ENOSPC) in str(error)  # here, or on a worker
         hint = "; free some space and give the same command again: what is published stays" if full else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RuntimeError) else 2)

@@ -196,7 +196,7 @@ def print_report(report: Report) -> None:
     protocol = report["protocol"]
     seen = "masked" if protocol["mask_seen"] else "kept"
     title = (
-        f"{protocol['dataset']}: {protocol['users']:,} users, {protocol['items']:,} items, {protocol['split']}, "
+        f"{protocol['dataset']}: {protocol['users']:,} test users, {protocol['items']:,} items, {protocol['split']}, "
         f"seen items {seen}, seed {protocol['seed']}"
     )
     for split in SPLITS:

@@ -5,7 +5,11 @@ Nothing heavy is imported here: a command that trains nothing answers at once.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -19,3 +23,23 @@ class TrainingError(RuntimeError):
 
 class ServingError(RuntimeError):
     """The endpoint did not come up; the message says where it was looked for."""
+
+
+def take_sigterm_as_ctrl_c() -> None:
+    """From now on SIGTERM, which batch systems send, ends this process as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+@contextmanager
+def ctrl_c_kept() -> Iterator[None]:
+    """What is called within may take Ctrl-C for itself and leave the process, as Ray Train does: it is an interruption
+    all the same, and afterwards Ctrl-C is what it was."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)

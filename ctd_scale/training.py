@@ -13,11 +13,10 @@ import os
 import random
 import resource
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ctd_scale import checkpoints, environment
 from ctd_scale.artifacts import Run, write_text
 from ctd_scale.config_resources import StageResources
-from ctd_scale.terminal import TrainingError, console
+from ctd_scale.terminal import TrainingError, console, ctrl_c_kept, take_sigterm_as_ctrl_c
 
 OBJECT_STORE_BYTES = 512 * 1024**2
 EXPORT = "export"
@@ -79,6 +78,7 @@ def start_ray() -> None:
             include_dashboard=False,
             **options,
         )
+    take_sigterm_as_ctrl_c()  # not before Ray has its own way with it, which is to abort
     for noisy in ("ray.data", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
@@ -147,7 +147,7 @@ def run_training(
         # Every worker reads the dataset made for it, whole: the split is ours, so it is the same on every run.
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
-    with shown_progress(stage, logs):
+    with shown_progress(stage, logs), ctrl_c_kept():
         try:
             result = trainer.fit()
         except Exception as error:
@@ -238,11 +238,11 @@ def latest_checkpoint(arguments: Mapping[str, Any]) -> Iterator[Path | None]:
 
 def report_checkpoint(metrics: Mapping[str, Any], write: Callable[[Path], None], *, every_rank: bool = False) -> None:
     """Persist a checkpoint. Every rank must call this; rank 0 alone writes unless `every_rank`."""
-    with tempfile.TemporaryDirectory(prefix="ctd-checkpoint-") as folder:
+    with checkpoints.scratch() as folder:
         checkpoint = None
         if every_rank or rank() == 0:
-            write(Path(folder))
-            checkpoints.seal(Path(folder), rank(), world_size() if every_rank else 1)
+            write(folder)
+            checkpoints.seal(folder, rank(), world_size() if every_rank else 1)
             checkpoint = Checkpoint.from_directory(folder)
         ray.train.report(dict(metrics), checkpoint=checkpoint)
 
@@ -281,8 +281,7 @@ class StepLog:
     """TensorBoard events, the progress file and the time and memory used, written by rank 0."""
 
     def __init__(self, logs: str, total_steps: int) -> None:
-        self._total = total_steps
-        self._folder = Path(logs)
+        self._total, self._folder = total_steps, Path(logs)
         self._writer: Any = None
         self._shown = 0.0
         self._before: float | None = None  # seconds of this training before it was interrupted
@@ -360,11 +359,9 @@ def shown_steps(items: Iterable[T], total: int, stage: str, logs: Path) -> Itera
 
 
 def _read_progress(file: Path) -> dict[str, Any] | None:
-    try:
-        progress: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    return progress
+    with suppress(OSError, json.JSONDecodeError):
+        return dict(json.loads(file.read_text()))
+    return None
 
 
 def _describe(progress: Mapping[str, Any]) -> str:

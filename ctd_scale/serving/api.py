@@ -221,6 +221,8 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def http(_: Request, raised: HTTPException) -> JSONResponse:
+        if raised.status_code == 400:  # FastAPI's own, which says only that something is wrong
+            return _error(400, "body: not JSON in UTF-8, or compressed, which is not read")
         return _error(raised.status_code, raised.detail, dict(raised.headers or {}))
 
     @api.exception_handler(RequestValidationError)

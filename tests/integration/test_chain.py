@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -37,6 +36,7 @@ pytestmark = pytest.mark.slow
 TIMEOUT = 600
 # Diffusion, whose loop is like the tokenizer's and the baselines', is killed in its own tests.
 KILLED_IN = {"graph": "embeddings", "llm": "models/llm"}
+KILLED_BY = {"graph": signal.SIGTERM, "llm": signal.SIGKILL}
 
 
 def arguments(storage: Path, name: str) -> list[str]:
@@ -52,7 +52,7 @@ def run_chain(storage: Path, name: str) -> str:
 
 
 def kill_in_stage(storage: Path, name: str, stage: str) -> None:
-    """Start the chain as somebody would; SIGKILL it once the stage has written a checkpoint and begun another."""
+    """Start the chain as somebody would; end it once the stage has written a checkpoint and begun another."""
     command = [sys.executable, "-c", "from ctd_scale.cli import main; main()", *arguments(storage, name)]
     said = storage / f"{name}-{stage}.log"
     with said.open("w") as file:
@@ -63,8 +63,10 @@ def kill_in_stage(storage: Path, name: str, stage: str) -> None:
         assert process.poll() is None, f"the run ended before it could be killed in {stage}:\n{said.read_text()}"
         assert time.monotonic() < deadline, f"no checkpoint in {stage}"
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.send_signal(KILLED_BY[stage])
+    code, last = process.wait(60), said.read_text().splitlines()[-1]
+    if KILLED_BY[stage] == signal.SIGTERM:
+        assert (code, last.split(";")[0]) == (130, "interrupted")
 
 
 @pytest.fixture(scope="module")
