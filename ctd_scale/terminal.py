@@ -34,12 +34,14 @@ def take_sigterm_as_ctrl_c() -> None:
 @contextmanager
 def ctrl_c_kept() -> Iterator[None]:
     """What is called within may take Ctrl-C for itself and leave the process, as Ray Train does: it is an interruption
-    all the same, and afterwards Ctrl-C is what it was."""
+    all the same, and afterwards Ctrl-C is what it was. Other threads than the first one know nothing of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)

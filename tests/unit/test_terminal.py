@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,6 +27,8 @@ def test_who_takes_ctrl_c_gives_it_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert signal.getsignal(signal.SIGINT) is before
+    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit):
+        pool.submit(ctrl_c_kept()(sys.exit)).result()
 
 
 def test_sigterm_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
