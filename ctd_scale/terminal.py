@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from rich.console import Console
 
@@ -26,9 +27,17 @@ class ServingError(RuntimeError):
 
 
 def take_sigterm_as_ctrl_c() -> None:
-    """From now on SIGTERM, which batch systems send, ends this process as Ctrl-C does."""
+    """From now on SIGTERM, which batch systems send, ends this process as Ctrl-C does, and also where a shell has made
+    it deaf to Ctrl-C, as it does in the background."""
+
+    def end(_: int, frame: FrameType | None) -> None:
+        ctrl_c = signal.getsignal(signal.SIGINT)
+        if not callable(ctrl_c):
+            raise KeyboardInterrupt
+        ctrl_c(signal.SIGINT, frame)
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, end)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -31,8 +32,12 @@ def test_who_takes_ctrl_c_gives_it_back() -> None:
         pool.submit(ctrl_c_kept()(sys.exit)).result()
 
 
-def test_sigterm_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_is_an_interruption(
+    ctrl_c: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, ctrl_c)
 
     def work(*_: object, **__: object) -> None:
         take_sigterm_as_ctrl_c()
@@ -41,7 +46,8 @@ def test_sigterm_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(cli, "configured", work)
     with pytest.raises(SystemExit) as end:
         cli.main(["run", "-c", "debug"])
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     assert end.value.code == cli.INTERRUPTED
     said = capsys.readouterr().err
     assert said == "interrupted; what is finished stays, and the same command goes on from there\n"
