@@ -85,6 +85,7 @@ class OneWorker:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.trained: dict[str, tuple[Callable[[dict[str, Any]], None], dict[str, Any], Path]] = {}
         self.restart()
 
     def restart(self, die_at: int = 0) -> None:
@@ -101,10 +102,13 @@ class OneWorker:
         loop({**arguments, "logs": str(self.folder / "logs"), "resources": StageResources().model_dump()})
         return self.checkpoints[-1] / "export"
 
-    def run_training(self, loop: Callable[[dict[str, Any]], None], arguments: Any, **_: Any) -> Path:
-        """What replaces `training.run_training`: always a fresh start."""
+    def run_training(self, loop: Callable[[dict[str, Any]], None], arguments: Any, *, stage: str, **_: Any) -> Path:
+        """What replaces `training.run_training`: always a fresh start. `trained` says of each stage how, and where its
+        export is."""
         self.restart()
-        return self.run(loop, arguments)
+        export = self.run(loop, arguments)
+        self.trained[stage] = (loop, arguments, export)
+        return export
 
     def report_checkpoint(self, metrics: Any, write: Callable[[Path], None], *, every_rank: bool = False) -> None:
         folder = Path(tempfile.mkdtemp(dir=self.folder))

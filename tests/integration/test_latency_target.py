@@ -1,4 +1,4 @@
-"""A latency target over the tiny run: measured, chosen from, refused, and served."""
+"""A latency target over the tiny run: measured, chosen from, refused. A server with one is in `test_serving`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving_process import started
-from tiny_run import make_tiny_run
+from tiny_run import make_tiny_run, publish_preferences
 
 from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.batches import Preferences
@@ -17,20 +16,13 @@ from ctd_scale.cli import main
 from ctd_scale.latency import Row, read_rows
 from ctd_scale.recommender import Recommender, load_artifacts, load_rank
 from ctd_scale.serving.release import Source, open_release, source_of
-from ctd_scale.serving.schema import response_object
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The tiny run with its validation preferences, and its latencies measured."""
     run = make_tiny_run(tmp_path_factory.mktemp("latency"))
-    recommender = Recommender(run)
-    log, users = recommender.log, recommender.log.split_users("validation")
-    vectors = recommender.preference([log.history(user, "validation") for user in users.tolist()])
-    inputs = {name: run.fetch(name).digest for name in ("interactions", "models/llm")}
-    with run.publish("preferences", config_hash="tiny", inputs=inputs) as folder:
-        known = Preferences(users.astype(np.int32), log.targets(users, "validation"), vectors, [""] * len(users))
-        known.save(folder, "validation")
+    publish_preferences(run)
     main_of("bench", "latency", "--run", str(run.root), "--json", str(run.root.parent / "latency.json"))
     return run
 
@@ -110,22 +102,3 @@ def test_a_table_that_is_missing_or_of_something_else_is_refused(run: Run, tmp_p
     shutil.rmtree(other.root / "latency")
     with pytest.raises(ArtifactError, match="latency is not published; run `ctd bench latency`"):
         source(other, 1000)
-
-
-@pytest.mark.slow
-def test_a_server_says_what_it_chose_and_answers_so(run: Run) -> None:
-    chosen = source(run, 1e6).tuned
-    assert chosen is not None
-    chain = Recommender(run, chosen.settings.applied(run.read_config()), chosen.settings.effort)
-    with started(run.root, "serving.target_p99_ms=1000000.0") as server:
-        assert server.process.stdout is not None
-        assert f"for serving.target_p99_ms=1e+06: num_draws={chosen.settings.num_draws}, " in (
-            server.process.stdout.readline()
-        )
-        told = server.client.get("/v1/version").json()
-        assert told == {"status": "ok", "version": chain.version, "tuned": chosen.values()}
-        (answer,) = chain.recommend([chain.log.full_history(7)], 8)
-        wanted = response_object(chain.version, answer, chain.catalogue)
-        for one, other in zip(server.post(user_id="u7", k=8).json()["items"], wanted["items"], strict=True):
-            assert one["item_id"] == other["item_id"]
-            assert one["score"] == pytest.approx(other["score"], abs=1e-6)

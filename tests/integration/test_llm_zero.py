@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
+from loops import Training, exported, train_on_two, train_one_by_one
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
@@ -78,7 +75,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return {**load_file(folder / HEADS), **load_file(folder / BACKBONE / "model.safetensors")}
 
 
-InThisProcess = Callable[[Path], AbstractContextManager[object]]
+InThisProcess = Callable[[Path], AbstractContextManager[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +128,7 @@ def ranked(run: Run, tiny_chain: Any, backbone: Path) -> float:
     return float(ranks.gains().mean())
 
 
-# -- variants, many on the same workers, because those take long to start --------------------------------------
+# -- variants ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -146,47 +143,6 @@ class Variant:
     reads: bool = False
 
 
-class Killed(Exception):
-    pass
-
-
-def one_by_one(arguments: dict[str, Any]) -> None:
-    """The stage's own loop for each variant in turn; `folder`/name/STEP holds its checkpoints."""
-    for variant in arguments["variants"]:
-        folder = Path(arguments["folder"]) / variant.name
-
-        def report(
-            metrics: Any, write: Any, *, every_rank: bool, folder: Path = folder, variant: Variant = variant
-        ) -> None:
-            target = folder / str(metrics["step"])
-            target.mkdir(parents=True, exist_ok=True)
-            write(target)
-            if metrics["step"] == variant.killed_after:
-                raise Killed
-
-        @contextmanager
-        def latest(_: Any, variant: Variant = variant) -> Iterator[Path | None]:
-            yield Path(arguments["folder"]) / variant.goes_on if variant.goes_on else None
-
-        training.report_checkpoint, training.latest_checkpoint = report, latest  # type: ignore[assignment]
-        config = make_config(Path(arguments["backbone"]), **variant.changes).llm.model_dump()
-        with suppress(Killed):
-            history = arguments["history"] if variant.reads else None
-            train.train_loop({**arguments, "config": config, "history": history})
-
-
-def on_workers(arguments: dict[str, Any]) -> None:
-    """The same on every worker that Ray Train has."""
-    one_by_one(arguments)
-    import ray.train
-    import torch.distributed
-
-    torch.distributed.barrier()
-    with tempfile.TemporaryDirectory() as empty:
-        (Path(empty) / training.EXPORT).mkdir()
-        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(empty))
-
-
 STAGES = (1, 2, 3)
 SPARING = {"accumulation_steps": 2, "gradient_checkpointing": True}
 
@@ -195,6 +151,7 @@ def at(stage: int) -> dict[str, Any]:
     return {"zero_stage": stage, "checkpoint_every_steps": 2}
 
 
+KILLED_ON_ONE = [Variant(f"one, killed, ZeRO {stage}", at(stage), killed_after=4) for stage in (0, *STAGES)]
 ON_TWO = [
     Variant("two", {}),
     Variant("two in four parts", {"accumulation_steps": 4}),
@@ -205,6 +162,7 @@ ON_TWO = [
     Variant("two that read histories, ZeRO 3", {"zero_stage": 3}, reads=True),
     Variant("two, half precision", {"zero_stage": 3, "dtype": "bfloat16"}),
     *(Variant(f"two, killed, ZeRO {stage}", at(stage), killed_after=4) for stage in STAGES),
+    *(Variant(f"one then two, ZeRO {stage}", at(stage), goes_on=f"one, killed, ZeRO {stage}/4") for stage in STAGES),
 ]
 ON_ONE = [
     Variant("one in three parts", {"accumulation_steps": 3}),
@@ -213,19 +171,15 @@ ON_ONE = [
     Variant("one, the last epoch", {"validation_users": 0}),
     Variant("one, activations forgotten", {"gradient_checkpointing": True}),
     *(Variant(f"two then one, ZeRO {stage}", at(stage), goes_on=f"two, killed, ZeRO {stage}/4") for stage in STAGES),
-    *(Variant(f"one, killed, ZeRO {stage}", at(stage), killed_after=4) for stage in STAGES),
     Variant("one then one", at(2), goes_on="one, killed, ZeRO 2/4"),
     # What is short of memory goes on otherwise.
     Variant("ZeRO 1 then 2, in parts", {**at(2), **SPARING}, goes_on="one, killed, ZeRO 1/4"),
     Variant("ZeRO 2 then 1 in host memory", {**at(1), "offload": "optimizer"}, goes_on="one, killed, ZeRO 2/4"),
     Variant("ZeRO 3 then 3 in host memory", {**at(3), "offload": "parameters"}, goes_on="one, killed, ZeRO 3/4"),
-    Variant("one, killed, ZeRO 0", at(0), killed_after=4),
     Variant("ZeRO 0 then 0", at(0), goes_on="one, killed, ZeRO 0/4"),
 ]
-ON_TWO_AGAIN = [
-    Variant(f"one then two, ZeRO {stage}", at(stage), goes_on=f"one, killed, ZeRO {stage}/4") for stage in STAGES
-]
-FINISHED = [each for each in (*ON_TWO, *ON_ONE, *ON_TWO_AGAIN) if not each.killed_after]
+VARIANTS = [*KILLED_ON_ONE, *ON_TWO, *ON_ONE]
+FINISHED = [each for each in VARIANTS if not each.killed_after]
 
 
 @pytest.fixture(scope="module")
@@ -234,32 +188,30 @@ def folder(
 ) -> Path:
     """What all variants have exported: those of one worker here, those of two by Ray Train."""
     made = tmp_path_factory.mktemp("variants")
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
-    inputs = {name: str(plain_run.fetch(name).path) for name in ("interactions", "tokens", "embeddings")}
+    given = {name: str(plain_run.fetch(name).path) for name in ("interactions", "tokens", "embeddings")}
     history = made / "history.safetensors"
     torch.manual_seed(0)
     reader = HistoryReader(12, 5, 1).state_dict()
     save_file({"vectors": torch.randn(20, 12), **{f"reader.{name}": value for name, value in reader.items()}}, history)
-    read = {"history": str(history), "history_dropout": 0.0}
-    rest = {"folder": str(made), "backbone": str(backbone), "seed": 0, "mask_seen": True, **read, **inputs}
-    by_ray = partial(
-        training.run_training,
-        on_workers,
-        run=Run(str(made), "run"),
-        stage="variants",
-        resources=make_config(backbone, workers=2).resources.llm,
-    )
-    by_ray({"variants": ON_TWO, **rest}, key="first")
-    with in_this_process(made / "worker"):
-        resources = make_config(backbone).resources.llm.model_dump()
-        one_by_one({"variants": ON_ONE, **rest, "logs": str(made / "logs"), "resources": resources})
-    by_ray({"variants": ON_TWO_AGAIN, **rest}, key="second")
+    given |= {"backbone": str(backbone), "seed": 0, "mask_seen": True, "history_dropout": 0.0}
+
+    def trainings(variants: list[Variant]) -> list[Training]:
+        made = []
+        for each in variants:
+            config = make_config(backbone, **each.changes).llm.model_dump()
+            own = {**given, "config": config, "history": str(history) if each.reads else None}
+            made.append(Training(each.name, train.train_loop, own, each.killed_after, each.goes_on))
+        return made
+
+    def on_one(variants: list[Variant]) -> None:
+        here = {"logs": str(made / "logs"), "resources": make_config(backbone).resources.llm.model_dump()}
+        with in_this_process(made / f"worker of {len(variants)}"):
+            train_one_by_one({"trainings": trainings(variants), "folder": str(made), **here})
+
+    on_one(KILLED_ON_ONE)
+    train_on_two(trainings(ON_TWO), made)
+    on_one(ON_ONE)
     return made
-
-
-def exported(folder: Path, name: str) -> Path:
-    last = max((each for each in (folder / name).iterdir()), key=lambda each: int(each.name))
-    return last / training.EXPORT
 
 
 READING = ("two that read histories, ZeRO 3", "one that reads histories")
@@ -275,7 +227,7 @@ def test_however_it_is_trained_it_learns_the_same(folder: Path, plain: Any, name
 
 
 def test_what_was_killed_has_gone_on_from_where_it_was(folder: Path) -> None:
-    for each in (*ON_ONE, *ON_TWO_AGAIN):
+    for each in VARIANTS:
         steps = sorted(int(step.name) for step in (folder / each.name).iterdir())
         if each.killed_after:
             assert steps == [2, 4]
@@ -317,17 +269,16 @@ def test_histories_are_read_before_the_llm_is_there(
 ) -> None:
     run, config = make_run(tmp_path, "reading", tiny_chain), make_config(backbone, epochs=1)
     config = config.model_copy(update={"history": HistoryConfig(num_blocks=1, epochs=3)})
-    train_history(run, config, "key")
-    read = run.fetch("models/history")
-    assert 1 <= read.manifest["facts"]["best_epoch"] <= 3
-    assert read.manifest["facts"]["training_seconds"] > 0
     with in_this_process(tmp_path / "worker"):
+        train_history(run, config, "key")
+        read = run.fetch("models/history")
         train.train_llm(run, config, "key", history=read)
     published = weights(run.fetch("models/llm").path)
     found = load_file(read.path / HISTORY)
     assert found["vectors"].shape == (20, 12)
     assert all(np.array_equal(published[f"head.{name}"], values) for name, values in found.items() if "log" not in name)
     run.require_made_from(run.fetch("models/llm"), read)
+    assert 1 <= read.manifest["facts"]["best_epoch"] <= 3
     facts = run.fetch("models/llm").manifest["facts"]
     assert facts["llm_share"] in SHARES
     assert facts["validation_ndcg@10"] == pytest.approx(ranked(run, tiny_chain, backbone), abs=1e-6)

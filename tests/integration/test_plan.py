@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ctd_scale import estimates
 from ctd_scale.artifacts import Run
 from ctd_scale.batches import Catalogue, InteractionLog
 from ctd_scale.config import load_config, validate_config
+from ctd_scale.diffusion import plan as diffusion_plan
 from ctd_scale.graph.plan import plan_graph
 from ctd_scale.graph.train import train_graph
+from ctd_scale.llm import plan as llm_plan
 from ctd_scale.pipeline import STAGES
 from ctd_scale.plan import plan_run, print_plan
+from ctd_scale.tokenizer import plan as tokenizer_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -49,14 +54,21 @@ def test_the_graph_stage_needs_what_was_said(tmp_path: Path) -> None:
     assert elapsed / 4 < planned.seconds < 4 * elapsed
 
 
-def test_every_stage_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def brief(work: Callable[[], object], budget: float = 0, **options: int) -> float:
+        return estimates.seconds_per_call(work, 0.2, **options)
+
+    for module in (diffusion_plan, llm_plan, tokenizer_plan):
+        monkeypatch.setattr(module, "seconds_per_call", brief)
     config = load_config("debug", ["graph.epochs=1", "llm.item_vectors=joined", "history.num_blocks=1"])
     run = Run(str(tmp_path), "run")
-    estimates = plan_run(run, config)
-    assert [each.stage for each in estimates] == [stage.name for stage in STAGES]
-    assert all(each.seconds > 0 and each.memory > 0 and each.disk >= 0 for each in estimates)
+    planned = plan_run(run, config)
+    assert [each.stage for each in planned] == [stage.name for stage in STAGES]
+    assert all(each.seconds > 0 and each.memory > 0 and each.disk >= 0 for each in planned)
     assert not list(tmp_path.iterdir())
-    print_plan(run, estimates)
+    print_plan(run, planned)
     said = capsys.readouterr().out
     assert "train_llm" in said
     assert "histories an epoch" in " ".join(said.split())

@@ -17,8 +17,9 @@ import httpx
 import numpy as np
 import pytest
 from serving_process import BODY_TIMEOUT_S, RECOMMEND, TIMEOUT_S, Server, started
-from tiny_run import LOST_USER, make_tiny_run
+from tiny_run import LOST_USER, make_tiny_run, publish_preferences
 
+from ctd_scale import latency
 from ctd_scale.artifacts import Run
 from ctd_scale.recommender import Recommender
 from ctd_scale.serving.schema import Boost, Directory, response_object
@@ -32,13 +33,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def recommender(run: Run) -> Recommender:
-    return Recommender(run)
+def tuned(run: Run) -> latency.Row:
+    """What is served: the fastest of some settings, none of them the run's own."""
+    publish_preferences(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "SCALES", (0.75, 0.5))
+        return min(latency.measure_latency(run, run.read_config(), users=5), key=lambda row: row.p99_ms)
 
 
 @pytest.fixture(scope="module")
-def server(run: Run) -> Iterator[Server]:
-    with started(run.root) as server:
+def recommender(run: Run, tuned: latency.Row) -> Recommender:
+    return Recommender(run, tuned.settings.applied(run.read_config()), tuned.settings.effort)
+
+
+@pytest.fixture(scope="module")
+def server(run: Run, tuned: latency.Row) -> Iterator[Server]:
+    with started(run.root, f"serving.target_p99_ms={tuned.p99_ms}") as server:
         yield server
 
 
@@ -56,10 +66,22 @@ def assert_same(found: httpx.Response, wanted: dict[str, Any]) -> None:
     assert (answer["version"], answer["text"]) == (wanted["version"], wanted["text"])
 
 
+def test_the_settings_that_a_target_chose_are_told(
+    server: Server, recommender: Recommender, tuned: latency.Row
+) -> None:
+    assert server.process.stdout is not None
+    said = f"for serving.target_p99_ms={tuned.p99_ms:g}: {latency.described(tuned.settings)} "
+    assert said in server.process.stdout.readline()
+    assert server.client.get("/v1/version").json() == {
+        "status": "ok",
+        "version": recommender.version,
+        "tuned": tuned.values(),
+    }
+
+
 def test_health_and_documentation(server: Server, recommender: Recommender) -> None:
     assert server.client.get("/healthz").json() == {"status": "ok", "version": recommender.version}
-    for path, status in (("/v1/version", "ok"), ("/readyz", "ready")):
-        assert server.client.get(path).json() == {"status": status, "version": recommender.version}
+    assert server.client.get("/readyz").json() == {"status": "ready", "version": recommender.version}
     assert server.client.get("/docs").status_code == 200
     answer = server.client.get("/healthz", headers={"X-Request-ID": "mine"})
     assert answer.headers.get_list("X-Request-ID") == ["mine"]
@@ -163,10 +185,12 @@ def test_items_like_one_and_items_by_name(server: Server, recommender: Recommend
     assert all("Golden" in title or "Garden" in title for title in titles)
 
 
-def test_a_picture_shows_the_preference_the_draws_and_items_that_may_come_back(server: Server) -> None:
+def test_a_picture_shows_the_preference_the_draws_and_items_that_may_come_back(
+    server: Server, tuned: latency.Row
+) -> None:
     asked = {"history": ["i3", "i1"], "k": 6, "exclude_categories": ["comedy"]}
     points = server.client.post("/v1/picture", json=asked).json()["points"]
-    assert Counter(point["kind"] for point in points) == {"preference": 1, "draw": 4, "item": 6}
+    assert Counter(point["kind"] for point in points) == {"preference": 1, "draw": tuned.settings.num_draws, "item": 6}
     assert max(max(abs(point["x"]), abs(point["y"])) for point in points) == pytest.approx(1)
     shown = {point["item_id"] for point in points if point["kind"] == "item"}
     assert not shown & {"i3", "i1"}
@@ -297,7 +321,7 @@ def browser() -> Iterator[Any]:
 
 
 def test_the_explorer_finds_titles_and_shows_what_follows_them(
-    server: Server, recommender: Recommender, browser: Any
+    server: Server, recommender: Recommender, tuned: latency.Row, browser: Any
 ) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -317,7 +341,7 @@ def test_the_explorer_finds_titles_and_shows_what_follows_them(
     wanted = [each["title"] for each in expected(recommender, np.array([item], np.int32))["items"]]
     wait(lambda: texts("#items button") == wanted)
     assert texts("#history button")[0].startswith("1. Golden Garden")
-    wait(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#picture circle.draw")) == 4)
+    wait(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#picture circle.draw")) == tuned.settings.num_draws)
     assert len(browser.find_elements(By.CSS_SELECTOR, "#picture circle.preference")) == 1
     assert texts("#times td")[-2] == "rank"
     # A recommendation goes into the history; an error is shown; the LLM's text, where it is asked for.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from ctd_scale.config import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
-KILLED_AFTER = 2  # of the good rate's four validations
+ENDED_AFTER = 2  # of the good rate's four validations
 LEAST = 2  # validations before a trial may be ended
 # Of these two rates the seed draws the good one first, beside which the other has to end early.
 RANGE = "baselines.sasrec.learning_rate=1e-6,0.01"
@@ -58,34 +59,37 @@ def circles(folder: Path) -> Path:
     return file
 
 
-def kill_after(said: str, asked: list[str]) -> None:
-    """Start this as somebody would, and kill it with all its workers once it has said so."""
+def end_after(said: str, asked: list[str]) -> None:
+    """Start this as somebody would, and end it once it has said so."""
     script = "from ctd_scale.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *asked], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if said in line:
-            break
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert said in lines[-1], "".join(lines)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *asked], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if said in line:
+                process.terminate()
+    assert any(said in line for line in lines), "".join(lines)
+    assert process.returncode == 130, "".join(lines)
+    assert lines[-1].startswith("interrupted; "), "".join(lines)
 
 
 def test_the_settings_that_learn_are_found_and_can_be_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    in_this_process: Callable[[Path], AbstractContextManager[Any]],
 ) -> None:
     monkeypatch.chdir(circles(tmp_path).parent)
     options = ["--config", "circles.toml", "--storage", "runs"]
     options += ["--interactions", "interactions.parquet", "--items", "items.parquet"]
     asked = ["tune", "sasrec", *options, "--range", RANGE, "--trials", "2", "--least-epochs", str(LEAST)]
-    kill_after(f"trial 1: NDCG@10 1.0000 after validation {KILLED_AFTER}", asked)
+    end_after(f"trial 1: NDCG@10 1.0000 after validation {ENDED_AFTER}", asked)
     (said,) = (tmp_path / "runs" / "circles" / "tune").glob("train_sasrec-*/runs/*/validated.json")
     before = json.loads(said.read_text())
-    assert KILLED_AFTER <= len(before) <= 4
+    assert ENDED_AFTER <= len(before) <= 4
 
     with pytest.raises(SystemExit) as ended:
         main(asked)
@@ -114,7 +118,7 @@ def test_the_settings_that_learn_are_found_and_can_be_used(
     # The same settings, trained by themselves, reach what the trial said.
     chosen = folder / "best.toml"
     assert load_config(chosen).baselines.sasrec.learning_rate == 0.01
-    with pytest.raises(SystemExit):
+    with in_this_process(tmp_path / "worker"), pytest.raises(SystemExit):
         main(["train", "sasrec", "--config", str(chosen), "--storage", str(tmp_path / "runs"), "--name", "circles"])
     made = Run.open(tmp_path / "runs" / "circles").fetch("baselines/sasrec")
     assert made.manifest["facts"]["validation_ndcg@10"] == best["ndcg"]

@@ -1,14 +1,20 @@
-"""Two workers with the same global batch learn what one worker learns, which is this process."""
+"""Two workers with the same global batch learn what one worker learns, which is this process; also where one of the two
+is killed in the middle of an epoch."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+from loops import Training, exported, train_on_two
 from safetensors.numpy import load_file
 
 from ctd_scale.artifacts import Run
@@ -16,8 +22,10 @@ from ctd_scale.baselines.train import train_baseline
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Preferences
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.diffusion.distill import STUDENT
-from ctd_scale.diffusion.train import WEIGHTS, train_diffusion
-from ctd_scale.graph.train import train_graph
+from ctd_scale.diffusion.train import DISTILLATION, WEIGHTS, train_diffusion
+from ctd_scale.graph.csr import BipartiteGraph
+from ctd_scale.graph.export import propagate, split_nodes
+from ctd_scale.graph.train import gather_rows, train_graph
 from ctd_scale.tasks import WEIGHTS as BASELINE_WEIGHTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -52,78 +60,114 @@ def make_run(folder: Path, name: str) -> Run:
     return run
 
 
-def config_for(workers: int) -> RunConfig:
-    resources = {"num_workers": workers, "threads_per_worker": 1}
-    graph = {"embed_dim": DIM, "fanout": [3, 2], "epochs": 4, "batch_size": 32}
+def make_config(workers: int, streaming: str) -> RunConfig:
     diffusion = {"hidden_dim": 16, "num_blocks": 1, "dropout": 0.0, "epochs": 3, "batch_size": 64, "num_negatives": 4}
-    # Batches that do not divide by two: a worker of the last one may have nothing to do.
-    baseline = {"embed_dim": DIM, "dropout": 0.0, "epochs": 2, "batch_size": 29, "max_history": 6}
     values = {
-        "graph": graph,
-        "diffusion": diffusion,
-        "baselines": {"bsarec": baseline},
-        "resources": dict.fromkeys(("graph", "diffusion", "baselines"), resources),
+        "graph": {
+            "embed_dim": DIM,
+            "fanout": [3, 2],
+            "epochs": 30,
+            "batch_size": 32,
+            "checkpoint_every_steps": 6,
+            "streaming": streaming,
+        },
+        "diffusion": {**diffusion, "sampler": "distilled", "distill_steps": 3, "sampling_steps": 2},
+        # Batches that do not divide by two: a worker of the last one may have nothing to do.
+        "baselines": {
+            "bsarec": {"embed_dim": DIM, "dropout": 0.0, "epochs": 2, "batch_size": 29, "max_history": 6},
+        },
+        "resources": {"graph": {"num_workers": workers, "threads_per_worker": 1, "max_failures": 1}},
     }
     return validate_config(values, source="test")
 
 
-Learned = TypeVar("Learned")
+@dataclass(frozen=True)
+class Learned:
+    """What one and two have exported, by training, and the graph that both were given."""
+
+    one: dict[str, Path]
+    two: dict[str, Path]
+    graph: Path
 
 
-@pytest.fixture
-def by_one_and_two(
-    tmp_path: Path, in_this_process: Callable[[Path], AbstractContextManager[object]]
-) -> Callable[[Callable[[Run, int], Learned]], tuple[Learned, Learned]]:
-    """What `learn(run, workers)` returns: first of one worker, this process, then of two that Ray Train has."""
-
-    def train(learn: Callable[[Run, int], Learned]) -> tuple[Learned, Learned]:
-        with in_this_process(tmp_path / "worker"):
-            one = learn(make_run(tmp_path, "one"), 1)
-        return one, learn(make_run(tmp_path, "two"), 2)
-
-    return train
-
-
-def test_graph(by_one_and_two: Callable[..., tuple[NodeArrays, NodeArrays]]) -> None:
-    """One that samples by itself, two that Ray Data feeds and that own half of the table each. They draw the same
-    neighbours, so only the order of sums differs."""
-
-    def learn(run: Run, workers: int) -> NodeArrays:
-        config = config_for(workers)
-        graph = config.graph.model_copy(update={"streaming": "ray_data" if workers == 2 else "in_process"})
-        train_graph(run, config.model_copy(update={"graph": graph}), "key")
-        return NodeArrays.load(run.fetch("embeddings").path)
-
-    one, two = by_one_and_two(learn)
-    np.testing.assert_allclose(one.users, two.users, atol=2e-4)
-    np.testing.assert_allclose(one.items, two.items, atol=2e-4)
-
-
-def assert_equal(learned: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]) -> None:
-    one, two = learned
-    for name, values in one.items():
-        np.testing.assert_allclose(values, two[name], atol=2e-4, err_msg=name)
+@pytest.fixture(scope="module")
+def learned(
+    tmp_path_factory: pytest.TempPathFactory, in_this_process: Callable[[Path], AbstractContextManager[Any]]
+) -> Learned:
+    folder = tmp_path_factory.mktemp("learned")
+    run, vectors = make_run(folder, "one"), np.random.default_rng(1).normal(size=(ITEMS, DIM)).astype(np.float32)
+    np.save(folder / "vectors.npy", vectors)
+    with in_this_process(folder / "worker") as worker:
+        config = make_config(1, "in_process")
+        train_graph(run, config, "key")
+        train_diffusion(run, config, "key", vectors)
+        train_baseline("bsarec", run, config, "key")
+    # The two sample otherwise, too: by Ray Data. And the stage has removed its vectors.
+    others = {
+        "graph": {"config": make_config(2, "ray_data").graph.model_dump()},
+        **{name: {"vectors": str(folder / "vectors.npy")} for name in ("diffusion", DISTILLATION)},
+    }
+    trainings = [
+        Training(name, loop, {**arguments, **others.get(name, {})})
+        for name, (loop, arguments, _) in worker.trained.items()
+    ]
+    train_on_two(trainings, folder / "two")
+    return Learned(
+        {name: export for name, (_, _, export) in worker.trained.items()},
+        {each.name: exported(folder / "two", each.name) for each in trainings},
+        run.fetch("graph").path,
+    )
 
 
-def test_diffusion(by_one_and_two: Callable[..., tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) -> None:
-    vectors = np.random.default_rng(1).normal(size=(ITEMS, DIM)).astype(np.float32)
-
-    def learn(run: Run, workers: int) -> dict[str, np.ndarray]:
-        """The denoiser, and the sampler that it teaches."""
-        config = config_for(workers)
-        sampler = {"sampler": "distilled", "distill_steps": 3, "sampling_steps": 2}
-        diffusion = config.diffusion.model_copy(update=sampler)
-        train_diffusion(run, config.model_copy(update={"diffusion": diffusion}), "key", vectors)
-        folder = run.fetch("models/diffusion").path
-        taught = {f"sampler.{name}": values for name, values in load_file(folder / STUDENT).items()}
-        return {**load_file(folder / WEIGHTS), **taught}
-
-    assert_equal(by_one_and_two(learn))
+@pytest.mark.parametrize(
+    ("name", "file"), [("diffusion", WEIGHTS), (DISTILLATION, STUDENT), ("bsarec", BASELINE_WEIGHTS)]
+)
+def test_two_learn_what_one_learns(learned: Learned, name: str, file: str) -> None:
+    two = load_file(learned.two[name] / file)
+    for parameter, values in load_file(learned.one[name] / file).items():
+        np.testing.assert_allclose(two[parameter], values, atol=2e-4, err_msg=parameter)
 
 
-def test_a_baseline(by_one_and_two: Callable[..., tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) -> None:
-    def learn(run: Run, workers: int) -> dict[str, np.ndarray]:
-        train_baseline("bsarec", run, config_for(workers), "key")
-        return load_file(run.fetch("baselines/bsarec").path / BASELINE_WEIGHTS)
+def test_two_that_own_half_of_the_table_each_learn_what_one_learns(learned: Learned) -> None:
+    """They draw the same neighbours, so only the order of sums differs."""
+    one, two = (gather_rows(USERS + ITEMS, exports["graph"]) for exports in (learned.one, learned.two))
+    np.testing.assert_allclose(two, one, atol=2e-4)
 
-    assert_equal(by_one_and_two(learn))
+
+def workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in process.name() + "".join(process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def test_a_killed_worker_changes_nothing(learned: Learned, tmp_path: Path) -> None:
+    """The stage goes on by itself and ends where it would have."""
+    broken, killed = make_run(tmp_path, "broken"), []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not killed:
+            # The second checkpoint is begun when the first is complete.
+            if len(list((tmp_path / "broken" / "checkpoints").glob("graph-*/checkpoint_*"))) >= 2:
+                victim = workers()[1]
+                victim.kill()
+                killed.append(victim.pid)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    config = make_config(2, "auto")
+    train_graph(broken, config, "key")
+    killer.join()
+    assert killed
+    found, graph = NodeArrays.load(broken.fetch("embeddings").path), BipartiteGraph.load(learned.graph)
+    layer0 = gather_rows(graph.num_nodes, learned.two["graph"])
+    settings = config.graph
+    whole = split_nodes(graph, propagate(graph, layer0, settings.num_layers, settings.propagation_chunk, tmp_path))
+    np.testing.assert_allclose(found.users, whole.users, atol=1e-6)
+    np.testing.assert_allclose(found.items, whole.items, atol=1e-6)

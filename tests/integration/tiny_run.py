@@ -16,7 +16,7 @@ from tokenizers.trainers import WordLevelTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctd_scale.artifacts import Run
-from ctd_scale.batches import SPLITS, Catalogue, InteractionLog, NodeArrays, Ranking, save_rankings
+from ctd_scale.batches import SPLITS, Catalogue, InteractionLog, NodeArrays, Preferences, Ranking, save_rankings
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.diffusion.denoiser import new_denoiser
 from ctd_scale.diffusion.train import WEIGHTS
@@ -24,6 +24,7 @@ from ctd_scale.graph.train import DEGREES
 from ctd_scale.llm.model import build_preference_lm
 from ctd_scale.llm.prompts import INSTRUCTION, answer_text
 from ctd_scale.llm.weights import BACKBONE, export_model, load_vectors
+from ctd_scale.recommender import Recommender
 from ctd_scale.retrieval.build import build_graph_index, build_index
 from ctd_scale.retrieval.neighbors import count_neighbors
 
@@ -89,6 +90,17 @@ def make_tiny_run(folder: Path, seed: int = 0, **retrieval: object) -> Run:
         full = Ranking(preference=1.0, draws=0.5, error=0.25, graph=0.5, neighbors=0.5)
         save_rankings({"full": full, "full_text": replace(full, pi=0.1)}, target)
     return run
+
+
+def publish_preferences(run: Run) -> None:
+    """What the LLM of the tiny run says of the users' histories before validation."""
+    recommender = Recommender(run)
+    log, users = recommender.log, recommender.log.split_users("validation")
+    vectors = recommender.preference([log.history(user, "validation") for user in users.tolist()])
+    inputs = {name: run.fetch(name).digest for name in ("interactions", "models/llm")}
+    with run.publish("preferences", config_hash="tiny", inputs=inputs) as folder:
+        known = Preferences(users.astype(np.int32), log.targets(users, "validation"), vectors, [""] * len(users))
+        known.save(folder, "validation")
 
 
 def tiny_config(**retrieval: object) -> RunConfig:
