@@ -11,8 +11,7 @@ BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt constraints-content.txt
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
-# Most modules are never imported: to compile all of them takes a third of the time.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 .PHONY: help quickstart test lint format clean
 .DEFAULT_GOAL := help
