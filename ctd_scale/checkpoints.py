@@ -2,7 +2,8 @@
 
 Ray Train keeps a list of its checkpoints in one file that it rewrites in place, so a kill can leave that file empty and
 every later start in error; and a kill can leave a checkpoint half-copied or half-deleted. Hence each checkpoint says by
-itself what belongs to it, and Ray's list is not read.
+itself what belongs to it, and Ray's list is not read. What a killed driver has started goes on for a moment, writing
+and deleting: hence each start has a folder of its own, and takes what it goes on from out of that of the one before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,8 +20,8 @@ from pathlib import Path
 import fsspec
 
 PREFIX = "checkpoint_"  # Ray Train names them by time, so the newest sorts last
+KEPT = "kept"
 CONTENTS = "contents-{writer}.json"
-SNAPSHOT = "checkpoint_manager_snapshot.json"
 SCRATCH, LEFT_S = "ctd-checkpoint-", 86_400
 
 
@@ -41,21 +43,52 @@ def seal(folder: Path, writer: int, writers: int) -> None:
     (folder / CONTENTS.format(writer=writer)).write_text(json.dumps({"writers": writers, "sizes": sizes}))
 
 
+def new_start() -> str:
+    """The name of the folder of a start, which no other has."""
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{uuid.uuid4().hex[:8]}"
+
+
 def keep_newest(folder: str) -> str | None:
-    """The newest complete checkpoint under a path or URL, or None. Everything else there is removed."""
+    """The newest complete checkpoint of all starts under a path or URL, or None. It is moved to `folder`/kept, and
+    everything else there is removed."""
     filesystem, path = fsspec.url_to_fs(folder)
-    if not filesystem.exists(path):
-        return None
-    names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
-    kept = None
-    for name in reversed([name for name in names if name.startswith(PREFIX) and name != SNAPSHOT]):
-        if kept is None and is_complete(filesystem, f"{path}/{name}"):
-            kept = name
-        else:
-            filesystem.rm(f"{path}/{name}", recursive=True)
-    if SNAPSHOT in names:
-        filesystem.rm(f"{path}/{SNAPSHOT}")
-    return f"{folder}/{kept}" if kept is not None else None
+    for name, found in sorted(_found(filesystem, path), reverse=True):
+        target = f"{path}/{KEPT}/{name}"
+        with suppress(OSError):  # whoever has just been killed was deleting it
+            if not is_complete(filesystem, found):
+                continue
+            if found != target:
+                filesystem.makedirs(f"{path}/{KEPT}", exist_ok=True)
+                filesystem.mv(found, target, recursive=True)
+            _remove(filesystem, path, but=KEPT)
+            _remove(filesystem, f"{path}/{KEPT}", but=name)
+            return f"{folder}/{KEPT}/{name}"
+    _remove(filesystem, path)
+    return None
+
+
+def _found(filesystem: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[str, str]]:
+    """Name and path of every checkpoint, whole or not."""
+    for start in _entries(filesystem, path):
+        for entry in _entries(filesystem, f"{path}/{start}"):
+            if entry.startswith(PREFIX):
+                yield entry, f"{path}/{start}/{entry}"
+
+
+def _entries(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    try:
+        entries = filesystem.ls(path, detail=False)
+    except OSError:  # not there, or a file
+        return []
+    return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != path]
+
+
+def _remove(filesystem: fsspec.AbstractFileSystem, path: str, but: str = "") -> None:
+    """Remove all in a folder. What is written at the same time may stay: the next start removes it."""
+    for entry in _entries(filesystem, path):
+        if entry != but:
+            with suppress(OSError):
+                filesystem.rm(f"{path}/{entry}", recursive=True)
 
 
 def is_complete(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:

@@ -116,11 +116,13 @@ def run_training(
 ) -> Path:
     """Run `loop` on the stage's workers until it ends; returns the local `export/` folder of its last checkpoint.
 
-    Checkpoints lie under `{run}/checkpoints/{stage}-{key}`: the same key goes on from the newest complete one, another
-    key (another config or other inputs) starts anew. Raises TrainingError after `resources.max_failures` failures.
+    Checkpoints lie under `{run}/checkpoints/{stage}-{key}/{start}`: the same key goes on from the newest complete one,
+    another key (another config or other inputs) starts anew. Raises TrainingError after `resources.max_failures`
+    failures.
     """
     start_ray()
     name = f"{stage}-{key[:12]}"
+    starts = f"{run.checkpoints}/{name}"
     logs = run.root / "logs" / stage
     trainer = TorchTrainer(
         loop,
@@ -128,7 +130,7 @@ def run_training(
             **arguments,
             "logs": str(logs),
             "resources": resources.model_dump(),
-            "resume_from": checkpoints.keep_newest(f"{run.checkpoints}/{name}"),
+            "resume_from": checkpoints.keep_newest(starts),
         },
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
@@ -137,8 +139,8 @@ def run_training(
         ),
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
         run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=run.checkpoints,
+            name=checkpoints.new_start(),
+            storage_path=starts,
             failure_config=FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=list(_told),

@@ -57,7 +57,7 @@ def kill(storage: Path, name: str) -> None:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + TIMEOUT
     # Two: the first is then complete, and the next start must go on from it.
-    while len(list((storage / name / "checkpoints").glob(f"{KILLED_IN}-*/checkpoint_*"))) < 2:
+    while len(list((storage / name / "checkpoints").glob(f"{KILLED_IN}-*/*/checkpoint_*"))) < 2:
         assert process.poll() is None, f"the run ended before it could be killed:\n{said.read_text()}"
         assert time.monotonic() < deadline, f"no checkpoint in {KILLED_IN}"
         time.sleep(0.05)

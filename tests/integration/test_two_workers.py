@@ -153,7 +153,7 @@ def test_a_killed_worker_changes_nothing(learned: Learned, tmp_path: Path) -> No
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not killed:
             # The second checkpoint is begun when the first is complete.
-            if len(list((tmp_path / "broken" / "checkpoints").glob("graph-*/checkpoint_*"))) >= 2:
+            if len(list((tmp_path / "broken" / "checkpoints").glob("graph-*/*/checkpoint_*"))) >= 2:
                 victim = workers()[1]
                 victim.kill()
                 killed.append(victim.pid)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
-from ctd_scale.checkpoints import SNAPSHOT, discard_staged, keep_newest, seal
+from ctd_scale import checkpoints
+from ctd_scale.checkpoints import KEPT, discard_staged, keep_newest, new_start, seal
 
 
-def checkpoint(root: Path, name: str, ranks: int = 1) -> Path:
+def checkpoint(root: Path, name: str, ranks: int = 1, start: str = "first") -> Path:
     """A checkpoint in which every rank wrote a file of its own, sealed by each as it goes."""
-    folder = root / f"checkpoint_{name}"
+    folder = root / start / f"checkpoint_{name}"
     for rank in range(ranks):
         part = root.parent / f"part-{name}-{rank}"
         (part / "export").mkdir(parents=True)
@@ -32,12 +36,54 @@ def test_nothing_was_written_yet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_newest_is_kept_and_the_others_go(tmp_path: Path, ranks: int) -> None:
     root = tmp_path / "graph-1"
-    for name in ("2026-01-01_10", "2026-01-03_09", "2026-01-02_11"):
-        checkpoint(root, name, ranks)
-    (root / SNAPSHOT).write_text("")
-    assert keep_newest(str(root)) == f"{root}/checkpoint_2026-01-03_09"
-    assert [entry.name for entry in root.iterdir()] == ["checkpoint_2026-01-03_09"]
-    assert keep_newest(str(root)) == f"{root}/checkpoint_2026-01-03_09"
+    for name, start in (("2026-01-01_10", "b"), ("2026-01-03_09", "a"), ("2026-01-02_11", "a")):
+        checkpoint(root, name, ranks, start)
+    (root / "a" / "checkpoint_manager_snapshot.json").write_text("")
+    kept = f"{root}/{KEPT}/checkpoint_2026-01-03_09"
+    assert keep_newest(str(root)) == kept
+    assert [entry.name for entry in root.iterdir()] == [KEPT]
+    assert [entry.name for entry in (root / KEPT).iterdir()] == ["checkpoint_2026-01-03_09"]
+    assert keep_newest(str(root)) == kept
+    checkpoint(root, "2026-01-03_10", ranks, "c")
+    assert keep_newest(str(root)) == f"{root}/{KEPT}/checkpoint_2026-01-03_10"
+    assert [entry.name for entry in (root / KEPT).iterdir()] == ["checkpoint_2026-01-03_10"]
+
+
+def test_what_is_deleted_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what a killed driver has started, which goes on for a moment."""
+    root = tmp_path / "graph-1"
+    for name in ("1", "2"):
+        checkpoint(root, name)
+    complete = checkpoints.is_complete
+
+    def asked(filesystem: Any, path: str) -> bool:
+        found = complete(filesystem, path)
+        if path.endswith("2"):
+            shutil.rmtree(path)
+        return found
+
+    monkeypatch.setattr(checkpoints, "is_complete", asked)
+    assert keep_newest(str(root)) == f"{root}/{KEPT}/checkpoint_1"
+
+
+def test_it_is_kept_where_there_are_no_folders() -> None:
+    """In a store of objects, as behind a URL."""
+    files = fsspec.filesystem("memory")
+    files.pipe("/run/llm-1/first/checkpoint_1/state-0.pt", b"x" * 10)
+    part = {"writers": 1, "sizes": {"state-0.pt": 10}}
+    files.pipe("/run/llm-1/first/checkpoint_1/contents-0.json", json.dumps(part).encode())
+    files.pipe("/run/llm-1/first/checkpoint_2/state-0.pt", b"x" * 10)
+    try:
+        assert keep_newest("memory://run/llm-1") == "memory://run/llm-1/kept/checkpoint_1"
+        assert sorted(files.find("/run/llm-1")) == [
+            f"/run/llm-1/kept/checkpoint_1/{name}" for name in ("contents-0.json", "state-0.pt")
+        ]
+    finally:
+        files.rm("/run", recursive=True)
+
+
+def test_starts_have_names_of_their_own() -> None:
+    assert len({new_start() for _ in range(5)}) == 5
 
 
 @pytest.mark.parametrize(
@@ -57,7 +103,7 @@ def test_what_is_not_whole_is_passed_over(tmp_path: Path, damage: object) -> Non
     newest = checkpoint(root, "2", ranks=2)
     assert callable(damage)
     damage(newest)
-    assert keep_newest(str(root)) == f"{root}/checkpoint_1"
+    assert keep_newest(str(root)) == f"{root}/{KEPT}/checkpoint_1"
     assert not newest.exists()
 
 
