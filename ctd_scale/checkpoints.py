@@ -54,15 +54,19 @@ def keep_newest(folder: str) -> str | None:
     filesystem, path = fsspec.url_to_fs(folder)
     for name, found in sorted(_found(filesystem, path), reverse=True):
         target = f"{path}/{KEPT}/{name}"
-        with suppress(OSError):  # whoever has just been killed was deleting it
-            if not is_complete(filesystem, found):
-                continue
-            if found != target:
-                filesystem.makedirs(f"{path}/{KEPT}", exist_ok=True)
+        if not is_complete(filesystem, found):
+            continue
+        if found != target:
+            filesystem.makedirs(f"{path}/{KEPT}", exist_ok=True)
+            if filesystem.exists(target):  # half of it, where a kill came while it was moved
+                filesystem.rm(target, recursive=True)
+            with suppress(FileNotFoundError):  # who has just been killed was deleting it; of other errors nothing goes
                 filesystem.mv(found, target, recursive=True)
-            _remove(filesystem, path, but=KEPT)
-            _remove(filesystem, f"{path}/{KEPT}", but=name)
-            return f"{folder}/{KEPT}/{name}"
+            if not is_complete(filesystem, target):
+                continue
+        _remove(filesystem, path, but=KEPT)
+        _remove(filesystem, f"{path}/{KEPT}", but=name)
+        return f"{folder}/{KEPT}/{name}"
     _remove(filesystem, path)
     return None
 
@@ -78,7 +82,7 @@ def _found(filesystem: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[s
 def _entries(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
     try:
         entries = filesystem.ls(path, detail=False)
-    except OSError:  # not there, or a file
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != path]
 
@@ -99,7 +103,7 @@ def is_complete(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
             part = json.loads(filesystem.cat_file(f"{path}/{CONTENTS.format(writer=writer)}"))
             if any(filesystem.size(f"{path}/{file}") != size for file, size in part["sizes"].items()):
                 return False
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # Ray's list, too, is called checkpoint_...
             return False
         writer, writers = writer + 1, int(part["writers"])
     return True

@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from ctd_scale import checkpoints
 from ctd_scale.checkpoints import KEPT, discard_staged, keep_newest, new_start, seal
@@ -58,12 +59,39 @@ def test_what_is_deleted_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: p
 
     def asked(filesystem: Any, path: str) -> bool:
         found = complete(filesystem, path)
-        if path.endswith("2"):
+        if path.endswith("first/checkpoint_2"):
             shutil.rmtree(path)
         return found
 
     monkeypatch.setattr(checkpoints, "is_complete", asked)
     assert keep_newest(str(root)) == f"{root}/{KEPT}/checkpoint_1"
+
+
+def test_half_of_it_that_a_kill_left_where_it_was_to_lie_is_replaced(tmp_path: Path) -> None:
+    root = tmp_path / "graph-1"
+    checkpoint(root, "1")
+    shutil.copytree(root / "first" / "checkpoint_1", root / KEPT / "checkpoint_1")
+    (root / KEPT / "checkpoint_1" / "state-0.pt").unlink()
+    assert keep_newest(str(root)) == f"{root}/{KEPT}/checkpoint_1"
+    assert checkpoints.is_complete(fsspec.filesystem("file"), f"{root}/{KEPT}/checkpoint_1")
+
+
+@pytest.mark.parametrize("broken", ["mv", "ls"])
+def test_where_the_storage_fails_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    root = tmp_path / "graph-1"
+    whole, list_entries = [checkpoint(root, name) for name in ("1", "2")], LocalFileSystem.ls
+
+    def fails(self: LocalFileSystem, path: str, *arguments: Any, **options: Any) -> Any:
+        if broken == "ls" and not path.endswith("first"):
+            return list_entries(self, path, *arguments, **options)
+        raise PermissionError(path)
+
+    monkeypatch.setattr(LocalFileSystem, broken, fails)
+    with pytest.raises(PermissionError):
+        keep_newest(str(root))
+    assert all((folder / "state-0.pt").exists() for folder in whole)
 
 
 def test_it_is_kept_where_there_are_no_folders() -> None:
