@@ -85,6 +85,7 @@ def train_task(
     groups = task.groups or [{"params": [each for each in model.parameters() if each.requires_grad]}]
     optimizer = torch.optim.Adam(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     best, best_ndcg, best_epoch, epoch, step = learned(model), -1.0, 0, 0, 0
+    validated: dict[str, float] = {}  # by epoch
     average = learned(model) if settings.ema_decay else {}
     with training.latest_checkpoint(arguments) as folder:
         if folder is not None:
@@ -93,12 +94,12 @@ def train_task(
             optimizer.load_state_dict(state["optimizer"])
             average = state["average"]
             best, best_ndcg, best_epoch = state["best"], state["best_ndcg"], state["best_epoch"]
-            epoch, step = state["epoch"], state["step"]
+            epoch, step, validated = state["epoch"], state["step"], state["validated"]
 
     def write(folder: Path) -> None:
         state = {"model": learned(model), "optimizer": optimizer.state_dict(), "average": average, "best": best}
         numbers = {"best_ndcg": best_ndcg, "best_epoch": best_epoch, "epoch": epoch, "step": step}
-        torch.save({**state, **numbers}, folder / "state.pt")
+        torch.save({**state, **numbers, "validated": validated}, folder / "state.pt")
         (folder / training.EXPORT).mkdir()
         save_file({key: value.contiguous().cpu() for key, value in best.items()}, folder / training.EXPORT / WEIGHTS)
         facts = {"best_epoch": best_epoch, "validation_ndcg@10": round(best_ndcg, 6)}
@@ -132,8 +133,9 @@ def train_task(
                 ndcg = validation_ndcg(log, model, users, mask_seen)
                 if ndcg > best_ndcg or not len(users):  # nobody to choose by: the last
                     best, best_ndcg, best_epoch = learned(model), ndcg, epoch
-            training.report_checkpoint({"epoch": epoch, "ndcg": ndcg}, write)
-    training.report_checkpoint({"epoch": epoch}, write)
+            validated[str(epoch)] = ndcg
+            training.report_checkpoint({"epoch": epoch, "validated": validated}, write)
+    training.report_checkpoint({"epoch": epoch, "validated": validated}, write)
     steplog.close()
 
 

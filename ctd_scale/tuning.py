@@ -256,8 +256,9 @@ def _trial_of(result: Any) -> Trial:
 
 
 class _EveryValidation(TuneReportCallback):  # type: ignore[misc]  # untyped
-    """Passes on what a training reports after a validation, and nothing else; first of all what it had reported when
-    the search was interrupted, which training, going on from its checkpoint, does not say again, or not all of it."""
+    """Passes on each validation that a training reports, once; first of all those it had reported when the search was
+    interrupted, as ASHA should not wait for the training to begin. A training says with each all before it: one whose
+    checkpoint was stored in the moment of the kill is heard of when it goes on."""
 
     def __init__(self, record: Path) -> None:
         super().__init__()
@@ -267,14 +268,12 @@ class _EveryValidation(TuneReportCallback):  # type: ignore[misc]  # untyped
             tune.report(_report(ndcg, before[:number], finished=False))
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        if METRIC not in metrics[0]:
-            return
-        when = str(metrics[0].get("epoch", metrics[0].get("step")))
-        if when not in self.known:
-            self.known[when] = metrics[0][METRIC]
-            write_text(self.record, json.dumps(self.known))
-            told = _report(self.known[when], self.known.values(), finished=False)
-            super().after_report(run_context, [told], None)
+        for when, ndcg in metrics[0].get("validated", {}).items():
+            if when not in self.known:
+                self.known[when] = ndcg
+                write_text(self.record, json.dumps(self.known))
+                told = _report(ndcg, self.known.values(), finished=False)
+                super().after_report(run_context, [told], None)
 
 
 class _Teller(tune.Callback):  # type: ignore[misc]  # untyped

@@ -294,8 +294,10 @@ def train_loop(arguments: dict[str, Any]) -> None:
         if step in plan.epoch_ends and len(users):
             ndcg, share = validation_ndcg(engine, log, collator, users, config, mask_seen=arguments["mask_seen"])
             if ndcg > best.ndcg:
-                best = Best.of(plan.epoch_ends.index(step) + 1, ndcg, engine.module, share)
-            training.report({"step": step, "ndcg": ndcg})
+                epoch = plan.epoch_ends.index(step) + 1
+                best = replace(Best.of(epoch, ndcg, engine.module, share), validated=best.validated)
+            best.validated[str(step)] = ndcg
+            training.report({"step": step, "validated": best.validated})
             validated = {"validation_ndcg": torch.tensor(ndcg), "best_ndcg": torch.tensor(best.ndcg)}
         steplog.step(step, curves | validated)
         if step % config.checkpoint_every_steps == 0 and step < plan.total_steps:
@@ -313,7 +315,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             prompts.save(target, config.max_title_tokens)
             (target / FACTS).write_text(json.dumps({**plan.facts(parts), **best.facts()}))
 
-    training.report_checkpoint({"step": step}, write_final, every_rank=True)
+    training.report_checkpoint({"step": step, "validated": best.validated}, write_final, every_rank=True)
     steplog.close()
 
 

@@ -32,12 +32,14 @@ PROJECTION = "head.project.weight"
 
 @dataclass
 class Best:
-    """The best epoch so far. Its `weights`, fp32 masters of all that is trained, lie with rank 0 alone."""
+    """The best epoch so far, and NDCG@10 after every one that was `validated`, by the step at its end. The `weights`,
+    fp32 masters of all that is trained, lie with rank 0 alone."""
 
     epoch: int = 0
     ndcg: float = -1.0
     share: float = 1.0
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    validated: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, epoch: int, ndcg: float, model: torch.nn.Module, share: float = 1.0) -> Best:
@@ -54,7 +56,8 @@ class Best:
 
     def save(self, folder: Path) -> None:
         """Rank 0's part of a checkpoint."""
-        (folder / NUMBERS).write_text(json.dumps({"epoch": self.epoch, "ndcg": self.ndcg, "share": self.share}))
+        numbers = {"epoch": self.epoch, "ndcg": self.ndcg, "share": self.share, "validated": self.validated}
+        (folder / NUMBERS).write_text(json.dumps(numbers))
         if self.weights:
             save_file(self.weights, folder / WEIGHTS)
 
