@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -97,32 +96,34 @@ def serve_run(open_run: Callable[[], tuple[Run, RunConfig]], *, host: str, port:
         console.print(f"serving {source.run.url} at {url} (docs at {url}/docs)", highlight=False, soft_wrap=True)
         _say_tuned(source)
         if blocking:
-            _wait_for_signal(lambda called: swap(*open_run(), url, called))
+            _wait_for_signal(lambda called: swap(*open_run(), called))
         else:
             undo.pop_all()
     return url
 
 
-def swap(run: Run, config: RunConfig, url: str, called_off: Callable[[], bool] = lambda: False) -> str:
-    """Serve another run, or the same one with other artifacts, without a pause; returns the version.
+def swap(run: Run, config: RunConfig, called_off: Callable[[], bool] = lambda: False) -> str:
+    """Serve another run, or the same one with other artifacts or settings, without a pause; returns the version once
+    every replica serves it.
 
-    Every replica loads it beside what it serves and then begins with it. The limits of `[serving]` stay those that the
+    Each loads it beside what it serves and then begins with it. The limits of `[serving]` stay those that the
     server was started with. Raises ArtifactError as `source_of` does, RuntimeError where a replica cannot load it or it
     is not served in time, or called off.
     """
-    source: Source = _ask_coordinator("publish", source_of(run, config))
-    models, deadline = source.models, time.monotonic() + SWAP_TIMEOUT_S
-    while (served := _served_version(url)) != source.version:
-        # Its catalogue may have been changed meanwhile.
-        source = _ask_coordinator("current", source)
-        if source.models != models:
-            raise RuntimeError(f"a replica could not load it; serving version {source.version}: {source.instead_of}")
+    wanted: Source = _ask_coordinator("publish", source_of(run, config))
+    deadline = time.monotonic() + SWAP_TIMEOUT_S
+    while True:
+        served = _ask_coordinator("serves", wanted)
+        now: Source = _ask_coordinator("current", wanted)  # its catalogue may have been changed meanwhile
+        if now.instead_of:
+            raise RuntimeError(f"a replica could not load it; serving version {now.version}: {now.instead_of}")
+        if served:
+            _say_tuned(now)
+            return now.version
         if time.monotonic() > deadline or called_off():
             said = "called off" if called_off() else "logs/serving of the run that was served first says why"
-            raise RuntimeError(f"still serving version {served}; {said}")
+            raise RuntimeError(f"version {wanted.version} is not served by every replica yet; {said}")
         time.sleep(0.2)
-    _say_tuned(source)
-    return source.version
 
 
 @cache
@@ -150,11 +151,6 @@ def _say_tuned(source: Source) -> None:
             highlight=False,
             soft_wrap=True,
         )
-
-
-def _served_version(url: str) -> str:
-    with urllib.request.urlopen(f"{url}/v1/version", timeout=READY_TIMEOUT_S) as answer:
-        return str(json.load(answer)["version"])
 
 
 def stop_serving(grace_s: float) -> None:

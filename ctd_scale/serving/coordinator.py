@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ctd_scale.artifacts import ArtifactError
 from ctd_scale.serving.middleware import Record
@@ -20,14 +20,24 @@ LOOK_S, LOOK_AFAR_S = 0.2, 5.0
 GONE_S = 5.0
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """What a replica of the ingress said last: the number of the source that it serves, and whether it has answered
+    all that was asked."""
+
+    asked: float
+    number: int
+    done: bool
+
+
 class Coordinator:
     """What all replicas share: the version that is served, the counts of what was asked, and whether it ends. One
     process."""
 
     def __init__(self, source: Source) -> None:
-        self._sources = [source]
+        self._sources, self._before = [source], source
         self._telemetry = Telemetry()
-        self._closing, self._endpoints = False, dict[str, tuple[float, bool]]()
+        self._closing, self._endpoints = False, dict[str, Endpoint]()
         self._look_again, self._said = 0.0, ""
 
     async def current(self, known: Source | None) -> Source:
@@ -57,14 +67,15 @@ class Coordinator:
 
     async def publish(self, source: Source) -> Source:
         """Serve this from now on."""
+        self._before = self._sources[-1]
         self._keep(replace(source, number=self._sources[-1].number + 1))
         return self._sources[-1]
 
     async def refuse(self, refused: Source, why: str) -> None:
-        """A replica cannot load this: what was served before it goes on, for replicas, too, that start later."""
-        if refused.number == self._sources[-1].number and len(self._sources) > 1:
-            before = self._sources[-2]
-            self._sources = [replace(before, number=refused.number + 1, instead_of=why)]
+        """A replica cannot load this: what was served before it was published goes on, for replicas, too, that start
+        later."""
+        if refused.number == self._sources[-1].number and not refused.same_but_for_changes(self._before):
+            self._sources = [replace(self._before, number=refused.number + 1, instead_of=why)]
 
     async def source(self, models: str) -> Source:
         """Where the models of a version lie. Raises ArtifactError where they are served no more."""
@@ -73,16 +84,27 @@ class Coordinator:
                 return source
         raise ArtifactError(f"version {models} is not served any more")
 
+    async def serves(self, source: Source) -> bool:
+        """Whether every endpoint serves this source by now, or one that came after it."""
+        alive = self._alive()
+        return bool(alive) and all(endpoint.number >= source.number for endpoint in alive)
+
     async def close(self) -> bool:
         """The endpoints are to refuse what comes from now on; whether all have heard of it and answered the rest."""
         self._closing = True
-        alive = time.monotonic() - GONE_S
-        return all(done for asked, done in self._endpoints.values() if asked > alive)
+        return all(endpoint.done for endpoint in self._alive())
 
-    async def closing(self, endpoint: str, done: bool) -> bool:
-        """Whether the endpoints are to close. Each asks over and over, and says whether it has done so."""
-        self._endpoints[endpoint] = time.monotonic(), done
+    async def closing(self, endpoint: str, number: int, done: bool) -> bool:
+        """Whether the endpoints are to close. Each asks over and over, and says what it serves and whether it has
+        closed."""
+        self._endpoints[endpoint] = Endpoint(time.monotonic(), number, done)
         return self._closing
+
+    def _alive(self) -> list[Endpoint]:
+        """Those that still ask; the others are forgotten."""
+        since = time.monotonic() - GONE_S
+        self._endpoints = {name: endpoint for name, endpoint in self._endpoints.items() if endpoint.asked > since}
+        return list(self._endpoints.values())
 
     async def observe(self, records: Sequence[Record | Probe]) -> None:
         """Count these requests, and what was probed."""

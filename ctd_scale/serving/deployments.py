@@ -171,17 +171,18 @@ class App(Step):
             except Exception as error:
                 serving_log.exception("still serving version %s", self.version)
                 refused = source.number
-                if source.models != self._release.source.models:
+                if not source.same_but_for_changes(self._release.source):
                     self._coordinator.refuse.remote(source, repr(error).split("\\n")[0])
 
     async def _close_when_told(self) -> None:
-        """Close the door where the coordinator says so, and tell it when nobody is inside any more."""
+        """Tell the coordinator what is served here. Close the door where it says so, and tell it when nobody is inside
+        any more."""
         me = uuid.uuid4().hex
         while True:
             await asyncio.sleep(FOLLOW_S)
             with suppress(*TRANSIENT):
                 empty = self.door.closed and not self.door.inside
-                self.door.closed = await self._coordinator.closing.remote(me, empty)
+                self.door.closed = await self._coordinator.closing.remote(me, self._release.source.number, empty)
 
     async def _opened(self, source: Source, before: Release | None = None) -> Release:
         await self._shards.load(source.index)

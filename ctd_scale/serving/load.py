@@ -96,7 +96,7 @@ def measure_load(
         levels.append(asyncio.run(paced(url, bodies, max(level.per_second for level in levels) / 2, seconds)))
         if swap_to is not None:
             with ThreadPoolExecutor(1) as thread:
-                swapped = thread.submit(_after, seconds * SWAP_AFTER, swap, swap_to, swap_to.read_config(), url)
+                swapped = thread.submit(_after, seconds * SWAP_AFTER, swap, swap_to, swap_to.read_config())
                 more, further = asyncio.run(ramp(url, bodies, clients[-1:], seconds, running_replicas, swapped.done))
                 swapped.result()
             levels += more

@@ -158,6 +158,38 @@ def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
     assert said() == f"now serving version {before}\n"
 
 
+def test_other_settings_of_the_same_models_are_served_once_it_is_said(server: Server, run: Run) -> None:
+    """And where a replica cannot work by them, those before go on."""
+
+    def served() -> dict[int, list[str]]:
+        answers = {user: server.post(user_id=f"u{user}").json() for user in range(20)}
+        return {user: [item["item_id"] for item in answer["items"]] for user, answer in answers.items()}
+
+    def said() -> str:
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.stdout is not None
+        return server.process.stdout.readline()
+
+    own, version = run.read_config(), Recommender(run).version
+    before = served()
+    run.write_config(run.read_config(["diffusion.num_draws=1", "diffusion.error_candidates=2"]))
+    recommender = Recommender(run)
+    histories = [recommender.log.full_history(user) for user in range(20)]
+    found = recommender.recommend(histories, 10)
+    wanted = {user: [recommender.catalogue.item_ids[item] for item in found[user].items] for user in range(20)}
+    assert wanted != before
+    try:
+        assert said() == f"now serving version {version}\n"
+        assert served() == wanted
+        run.write_config(run.read_config(["llm.preference_dim=32"]))
+        assert said().startswith(f"not swapped: a replica could not load it; serving version {version}: ")
+        assert served() == wanted
+    finally:
+        run.write_config(own)
+    assert said() == f"now serving version {version}\n"
+    assert served() == before
+
+
 def test_changes_of_the_catalogue_are_served_within_a_second_and_no_request_fails(server: Server, run: Run) -> None:
     """New items come back, deleted ones do not, a new index takes over, and all of it can be taken back."""
     done, statuses = threading.Event(), list[int]()

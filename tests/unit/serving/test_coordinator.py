@@ -33,6 +33,37 @@ def test_what_is_refused_gives_way_to_what_was_there_before(tmp_path: Path) -> N
         assert await coordinator.current(None) == third
         await coordinator.refuse(second, "said too late")
         assert await coordinator.current(None) == third
+        # The same models with other settings.
+        fourth = await coordinator.publish(replace(third, config=RunConfig(seed=9), number=0))
+        await coordinator.refuse(fourth, "it does not fit")
+        now = await coordinator.current(None)
+        assert (now.models, now.config, now.instead_of) == ("third", third.config, "it does not fit")
+        assert now.number > fourth.number
+        await coordinator.refuse(now, "its catalogue was changed, and cannot be read")
+        assert await coordinator.current(None) == now, "there is nothing to go back to"
+
+    asyncio.run(served())
+
+
+def test_a_source_is_served_when_every_endpoint_that_is_alive_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "first"), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    async def served() -> None:
+        coordinator = Coordinator(first)
+        second = await coordinator.publish(replace(first, config=RunConfig(seed=9)))
+        assert not await coordinator.serves(second), "nobody has said anything yet"
+        await coordinator.closing("a", second.number, False)
+        await coordinator.closing("b", first.number, False)
+        assert not await coordinator.serves(second)
+        await coordinator.closing("b", second.number + 1, False)
+        assert await coordinator.serves(second)
+        await coordinator.closing("c", first.number, False)
+        now[0] += module.GONE_S + 1
+        await coordinator.closing("a", second.number, False)
+        assert await coordinator.serves(second), "c is not there any more"
 
     asyncio.run(served())
 
@@ -43,14 +74,14 @@ def test_all_is_closed_when_every_endpoint_that_is_alive_is(tmp_path: Path, monk
 
     async def closed() -> None:
         coordinator = Coordinator(source)
-        assert not await coordinator.closing("a", False)
-        assert not await coordinator.closing("b", False)
+        assert not await coordinator.closing("a", 0, False)
+        assert not await coordinator.closing("b", 0, False)
         assert not await coordinator.close()
-        assert await coordinator.closing("a", False)
-        assert await coordinator.closing("a", True)
+        assert await coordinator.closing("a", 0, False)
+        assert await coordinator.closing("a", 0, True)
         assert not await coordinator.close(), "b may still answer somebody"
         now[0] += module.GONE_S + 1
-        assert await coordinator.closing("a", True)
+        assert await coordinator.closing("a", 0, True)
         assert await coordinator.close(), "b is not there any more"
 
     asyncio.run(closed())
