@@ -202,7 +202,8 @@ def recommend(
     model: Annotated[str, typer.Option(help="a baseline of the run instead of the chain, such as sasrec")] = "",
 ) -> None:
     """Recommend for a known user, or after a history."""
-    from ctd_scale.recommender import BaselineRecommender, Recommender
+    from ctd_scale.baseline_recommender import BaselineRecommender
+    from ctd_scale.recommender import Recommender
     from ctd_scale.serving.schema import Directory, read_range, response_object
 
     if k < 1:

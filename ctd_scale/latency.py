@@ -32,7 +32,7 @@ from ctd_scale.terminal import console
 
 LATENCY, ROWS = "latency", "latency.json"
 INPUTS = ("interactions", "models/llm", "preferences", "models/diffusion", "index", "ranking")
-SECTIONS = ("diffusion", "retrieval")
+SECTIONS = ("diffusion", "retrieval", "evaluation.mask_seen")
 # Of the run's own settings; of the effort that the engine's calibration chose.
 SCALES, EFFORTS = (1.0, 0.5, 0.25), (1.0, 0.5, 2.0)
 K, WARM_UP = 10, 3
@@ -163,7 +163,7 @@ def chosen_row(run: Run, config: RunConfig, artifacts: Mapping[str, Artifact]) -
     run.require_made_from(table, *artifacts.values())
     if table.manifest["config_hash"] != section_hash(config, SECTIONS):
         raise ArtifactError(
-            f"{run.url}/{LATENCY} was measured with other settings in {' or '.join(f'[{name}]' for name in SECTIONS)}; "
+            f"{run.url}/{LATENCY} was measured with other settings in {', '.join(SECTIONS[:-1])} or {SECTIONS[-1]}; "
             "run `ctd bench latency` with the same --set"
         )
     return choose(read_rows(table.path), config.serving.target_p99_ms)

@@ -13,17 +13,11 @@ import fsspec
 import pyarrow as pa
 
 from ctd_scale.artifacts import Run, put_file
+from ctd_scale.baseline_recommender import BaselineRecommender, baseline_version
 from ctd_scale.batches import InteractionLog
 from ctd_scale.changes import read_changes
 from ctd_scale.parts import part_name, write_parts
-from ctd_scale.recommender import (
-    BaselineRecommender,
-    Recommendation,
-    Recommender,
-    baseline_version,
-    load_artifacts,
-    version_of,
-)
+from ctd_scale.recommender import Recommendation, Recommender, load_artifacts, version_of
 
 # Users per file: little to lose in a kill, little to pay for a file.
 PART_USERS = 1024

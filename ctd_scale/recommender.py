@@ -18,7 +18,6 @@ from jaxtyping import Float32, Int32
 from numpy import ndarray
 
 from ctd_scale.artifacts import Artifact, ArtifactError, Run
-from ctd_scale.baselines.scorers import KNOWS_USERS, SCORERS, trained_artifact
 from ctd_scale.batches import Catalogue, InteractionLog, NodeArrays, Ranking, Split, load_rankings
 from ctd_scale.candidates import RetrieveStep
 from ctd_scale.changes import NO_CHANGES, Changes, read_changes
@@ -26,7 +25,6 @@ from ctd_scale.config import RunConfig, section_values
 from ctd_scale.diffusion.inference import DensityModel
 from ctd_scale.live import Live, apply_changes, load_base
 from ctd_scale.llm.inference import PreferenceModel
-from ctd_scale.metrics import top_k
 from ctd_scale.retrieval.boosts import Boosts
 from ctd_scale.retrieval.build import load_graph_index, load_index
 from ctd_scale.retrieval.collaborative import CollaborativeRetriever
@@ -138,38 +136,6 @@ class Recommender:
         return self.rank(preferences, read, texts, out, k, boosts=boosts)
 
 
-class BaselineRecommender:
-    """A baseline of a run, with the answers of `Recommender`."""
-
-    def __init__(self, run: Run, name: str) -> None:
-        self.version = baseline_version(run, name)
-        self.name, self.log = name, InteractionLog.load(run.fetch("interactions").path)
-        self._scorer = SCORERS[name](run, run.read_config(), "test")
-
-    @property
-    def catalogue(self) -> Catalogue:
-        return self.log.catalogue
-
-    def recommend(
-        self,
-        histories: Sequence[Int32[ndarray, "_"]],
-        k: int,
-        *,
-        users: Sequence[int] | None = None,
-        exclude_seen: bool = True,
-        excluded: Sequence[Int32[ndarray, "_"]] | None = None,
-    ) -> list[Recommendation]:
-        """The k best items after each history. `users` are their indices in the log, which what has learned a vector
-        per user cannot do without. Raises ValueError where it must."""
-        if users is None and self.name in KNOWS_USERS:
-            raise ValueError(f"{self.name} has a vector for each user of the log and none for a history; give a user")
-        index = np.asarray(users if users is not None else np.zeros(len(histories), np.int64))
-        scores = np.array(self._scorer(index, [np.asarray(history) for history in histories]), np.float32)
-        for row, unwanted in zip(scores, excluded_items(histories, exclude_seen, excluded), strict=True):
-            row[unwanted] = -np.inf
-        return answers(*top_k(scores, k), [""] * len(histories))
-
-
 def excluded_items(
     histories: Sequence[ndarray], exclude_seen: bool, further: Sequence[ndarray] | None = None
 ) -> list[ndarray]:
@@ -203,13 +169,6 @@ def version_of(artifacts: Mapping[str, Artifact], changes: Changes = NO_CHANGES)
     if changes.digest:
         digests["changes"] = changes.digest
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]
-
-
-def baseline_version(run: Run, name: str) -> str:
-    """Identity of a baseline's answers. Raises ValueError: there is none of that name; ArtifactError: not trained."""
-    if name not in SCORERS:
-        raise ValueError(f"no baseline {name!r}; baselines: {', '.join(SCORERS)}")
-    return f"{name}-{run.fetch(trained_artifact(name) or 'interactions').digest[:12]}"
 
 
 def require_made_with(artifact: Artifact, config: RunConfig, section: str) -> None:

@@ -91,7 +91,7 @@ def test_a_table_that_is_missing_or_of_something_else_is_refused(run: Run, tmp_p
     shutil.copytree(run.root, tmp_path / "other")
     other = Run(str(tmp_path), "other")
     config = other.read_config(["serving.target_p99_ms=1000", "diffusion.guidance=2.0"])
-    with pytest.raises(ArtifactError, match=r"latency was measured with other settings in \[diffusion\] or"):
+    with pytest.raises(ArtifactError, match=r"other settings in diffusion, retrieval or evaluation\.mask_seen"):
         source_of(other, config)
     ranking = other.fetch("ranking")
     text = (ranking.path / "ranking.json").read_text().replace('"draws": 0.5', '"draws": 0.75')

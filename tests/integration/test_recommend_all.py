@@ -15,10 +15,11 @@ from tiny_run import ITEMS, LOST_USER, make_tiny_run
 
 from ctd_scale import recommend_all as module
 from ctd_scale.artifacts import Run
+from ctd_scale.baseline_recommender import BaselineRecommender
 from ctd_scale.changes import delete
 from ctd_scale.parts import part_name
 from ctd_scale.recommend_all import MANIFEST, Order, recommend_all
-from ctd_scale.recommender import BaselineRecommender, Recommender
+from ctd_scale.recommender import Recommender
 
 pytestmark = pytest.mark.slow
 
