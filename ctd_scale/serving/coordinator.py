@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ctd_scale.artifacts import ArtifactError
+from ctd_scale.serving.known import Preferences, Shared
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.release import Source, changed, serving_log
@@ -39,6 +40,7 @@ class Coordinator:
         self._telemetry = Telemetry()
         self._closing, self._endpoints = False, dict[str, Endpoint]()
         self._look_again, self._said = 0.0, ""
+        self._shared = Shared(source.models, source.config.serving.cached_preferences)
 
     async def current(self, known: Source | None) -> Source:
         """What is to be served. Whoever asks brings what it serves: after a failure this process knows no more than
@@ -105,6 +107,15 @@ class Coordinator:
         since = time.monotonic() - GONE_S
         self._endpoints = {name: endpoint for name, endpoint in self._endpoints.items() if endpoint.asked > since}
         return list(self._endpoints.values())
+
+    async def share(self, models: str, said: Preferences, heard: int) -> tuple[int, Preferences]:
+        """What a replica has asked the LLM, for what the others have (see `Shared.exchange`); of what is served now."""
+        current = self._sources[-1]
+        if models != current.models:
+            return heard, {}
+        if models != self._shared.models:
+            self._shared = Shared(models, current.config.serving.cached_preferences)
+        return self._shared.exchange(said, heard)
 
     async def observe(self, records: Sequence[Record | Probe]) -> None:
         """Count these requests, and what was probed."""

@@ -45,6 +45,7 @@ SEND_RECORDS_S = 0.5
 # What passes: nobody is there to answer just now, or all are busy.
 TRANSIENT = (BackPressureError, asyncio.TimeoutError, *UNAVAILABLE)
 FOLLOW_S = 0.25  # how soon a replica learns of another version
+SHARE_S = 1.0  # and of what the LLM told another replica
 LOG_BYTES, LOG_FILES = 50_000_000, 4
 
 
@@ -136,9 +137,11 @@ class App(Step):
         self.door = Door()
         _configure_batches(config, self._ranked)
         self._release = await self._opened(await coordinator.current.remote(None))
+        await self._share()  # a replica that load has called for begins with what the others know
         open_logs(self._release.source.run.root / "logs" / "serving", config.access_log)
         self._following = asyncio.create_task(self._follow())
         self._closing = asyncio.create_task(self._close_when_told())
+        self._sharing = asyncio.create_task(self._keep_sharing())
         if every_s := config.recall_probe_s:
             probing = keep_probing(every_s, self._take_searched, self._compute, self.observe)
             self._probing = asyncio.create_task(probing)
@@ -183,6 +186,22 @@ class App(Step):
             with suppress(*TRANSIENT):
                 empty = self.door.closed and not self.door.inside
                 self.door.closed = await self._coordinator.closing.remote(me, self._release.source.number, empty)
+
+    async def _keep_sharing(self) -> None:
+        while True:
+            await asyncio.sleep(SHARE_S)
+            await self._share()
+
+    async def _share(self) -> None:
+        """Tell the other replicas what the LLM said, and hear what it said to them."""
+        models, known = self._release.source.models, self._release.known
+        said, known.untold = known.untold, {}
+        try:
+            heard, others = await self._coordinator.share.remote(models, said, known.heard)
+        except TRANSIENT:  # another time
+            known.untold = said | known.untold
+        else:
+            known.hear(heard, others, self._config.cached_preferences)
 
     async def _opened(self, source: Source, before: Release | None = None) -> Release:
         await self._shards.load(source.index)
@@ -297,16 +316,13 @@ class App(Step):
         self, release: Release, history: Int32[ndarray, "_"], seconds: dict[str, float]
     ) -> Float32[ndarray, "cond_dim"]:
         """The preference, from the LLM or, where the same items were read before, from what it said then."""
-        read, known = history[-release.source.config.llm.max_history :].tobytes(), release.known
-        if read in known:
-            known.move_to_end(read)
+        read = history[-release.source.config.llm.max_history :].tobytes()
+        if (preference := release.known.get(read)) is not None:
             seconds[CACHE_HIT] = 0.0
-            return known[read]
+            return preference
         with timed("preference", seconds):
             preference = await result_of(self._preference.preference.remote((release.source.models, history)))
-        known[read] = preference
-        while len(known) > self._config.cached_preferences:
-            known.popitem(last=False)
+        release.known.learn(read, preference, self._config.cached_preferences)
         return preference
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 from numpy import ndarray
 
 from ctd_scale.artifacts import Artifact, ArtifactError, Run
@@ -24,6 +23,7 @@ from ctd_scale.latency import Row, chosen_row, load_tuned
 from ctd_scale.live import Base, apply_changes, load_base
 from ctd_scale.recommender import ARTIFACTS, READ_BEHIND, RankStep, load_artifacts, version_of
 from ctd_scale.retrieval.remote import Ask, Part
+from ctd_scale.serving.known import Known
 from ctd_scale.serving.schema import Directory
 
 serving_log = logging.getLogger("ctd_scale.serving")
@@ -98,7 +98,7 @@ def changed(source: Source) -> Source:
 
 @dataclass(frozen=True)
 class Release:
-    """An opened version; `known` are preferences after histories that were read before."""
+    """An opened version; `known` is what its LLM said before."""
 
     source: Source
     base: Base
@@ -106,7 +106,7 @@ class Release:
     directory: Directory
     rank: RankStep
     read_as: Int32[ndarray, "items"]
-    known: OrderedDict[bytes, Float32[ndarray, "cond_dim"]] = field(default_factory=OrderedDict)
+    known: Known = field(default_factory=Known)
 
     @property
     def version(self) -> str:

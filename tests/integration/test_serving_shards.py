@@ -19,6 +19,7 @@ from ctd_scale.artifacts import Run
 from ctd_scale.changes import delete, upsert
 from ctd_scale.live import rebuild_index
 from ctd_scale.recommender import Recommender, load_artifacts
+from ctd_scale.serving.deployments import SHARE_S
 
 pytestmark = pytest.mark.slow
 USERS, K, SEEN_S = 20, 10, 60.0
@@ -122,8 +123,24 @@ def test_another_run_of_other_shards_takes_its_place_without_a_pause(
     require_served(server, other)
 
 
+def test_an_endpoint_that_dies_comes_back_and_knows_what_the_llm_said(server: Server) -> None:
+    """As one does that load has called for. From here on Ray says on the server's output that a process died."""
+    version = server.post(user_id="u5", k=K).json()["version"]
+    assert "preference_cached" in server.post(user_id="u5", k=K).headers["Server-Timing"]
+    time.sleep(2 * SHARE_S)  # until it is told
+    killed: psutil.Process = server.replica("App")
+    killed.kill()
+    until = time.monotonic() + SEEN_S
+    while server.client.get("/healthz").status_code != 200:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert not killed.is_running()
+    answer = server.post(user_id="u5", k=K)
+    assert "preference_cached" in answer.headers["Server-Timing"], "the first that it answers"
+    assert answer.json()["version"] == version
+
+
 def test_a_shard_that_dies_comes_back(server: Server, link: Path) -> None:
-    """The last test: Ray says on the server's output that a process died."""
     version, wanted = in_process(Run.open(str(link)))
     killed: psutil.Process = server.replica("Shard0")
     killed.kill()

@@ -1,0 +1,73 @@
+"""What the LLM said of a history, for whoever asks with the same one again. Every replica of the ingress keeps it, and
+through the coordinator tells it to the others: one that has just started, where load called for it, would otherwise ask
+the LLM about everybody once more.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Float32
+from numpy import ndarray
+
+Preferences = dict[bytes, Float32[ndarray, "cond_dim"]]
+
+
+@dataclass
+class Known:
+    """What one replica knows of one version of the models, by what was read; `heard` is how much of what others said.
+
+    Where more than the limit is kept, what was not asked for the longest goes first.
+    """
+
+    kept: OrderedDict[bytes, Float32[ndarray, "cond_dim"]] = field(default_factory=OrderedDict)
+    untold: Preferences = field(default_factory=dict)
+    heard: int = 0
+
+    def get(self, read: bytes) -> Float32[ndarray, "cond_dim"] | None:
+        """The preference after what was read, if it is known."""
+        if read in self.kept:
+            self.kept.move_to_end(read)
+        return self.kept.get(read)
+
+    def learn(self, read: bytes, preference: Float32[ndarray, "cond_dim"], limit: int) -> None:
+        """Keep what the LLM said, to be told."""
+        self.kept[read] = self.untold[read] = preference
+        self._trim(limit)
+
+    def hear(self, heard: int, others: Mapping[bytes, Float32[ndarray, "cond_dim"]], limit: int) -> None:
+        """Keep what other replicas had been told by the LLM."""
+        self.kept.update(others)
+        self.heard = heard
+        self._trim(limit)
+
+    def _trim(self, limit: int) -> None:
+        while len(self.kept) > limit:
+            read, _ = self.kept.popitem(last=False)
+            self.untold.pop(read, None)
+
+
+class Shared:
+    """What all replicas have said of one version of the models, numbered in the order in which it came."""
+
+    def __init__(self, models: str, limit: int) -> None:
+        self.models, self._limit = models, limit
+        self._count, self._said = 0, OrderedDict[bytes, tuple[int, Float32[ndarray, "cond_dim"]]]()
+
+    def exchange(self, said: Preferences, heard: int) -> tuple[int, Preferences]:
+        """Take up what a replica says; returns what others have said since it `heard` so many, and how many that makes.
+        One that has heard more than there is knew a process that is there no more: it is told everything."""
+        since, news = heard if heard <= self._count else 0, Preferences()
+        for read, (number, preference) in reversed(self._said.items()):
+            if number <= since:
+                break
+            news[read] = preference
+        for read, preference in said.items():
+            self._count += 1
+            self._said[read] = self._count, preference
+            self._said.move_to_end(read)
+        while len(self._said) > self._limit:
+            self._said.popitem(last=False)
+        return self._count, dict(reversed(news.items()))
