@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from ctd_scale.cli_options import (
     overriding,
 )
 from ctd_scale.config import RunConfig
-from ctd_scale.terminal import ServingError, TrainingError, console
+from ctd_scale.terminal import INTERRUPTED, INTERRUPTION, ServingError, TrainingError, console, interruptible
 
 app = typer.Typer(
     help="Generative recommendation with continuous-token diffusion.",
@@ -43,7 +44,6 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(index, name="index")
 
-INTERRUPTED = 130  # what typer makes of Ctrl-C
 STAGE_ALIASES = {
     "interactions": "prepare_interactions",
     "preferences": "export_preferences",
@@ -339,11 +339,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: an error that a user can mend is one message and exit status 2, never a traceback."""
     environment.set_defaults()
     try:
-        app(args=list(arguments) if arguments is not None else None, prog_name="ctd")
+        with interruptible():
+            app(args=list(arguments) if arguments is not None else None, prog_name="ctd")
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            print("interrupted; what is finished stays, and the same command goes on from there", file=sys.stderr)
-        raise
+        if end.code not in (INTERRUPTED, signal.SIGTERM):  # the latter is Ray's, while it starts
+            raise
+        print(INTERRUPTION, file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (ValueError, TrainingError, ServingError, OSError, ImportError) as error:
         full = os.strerror(errno.ENOSPC) in str(error)  # here, or on a worker
         hint = "; free some space and give the same command again: what is published stays" if full else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,13 @@ SHOWN = ("hr@10", "ndcg@10", "mrr", "coverage@10")
 def require_target(target: Path) -> None:
     """Refuse, before anything is trained for it, a table that could not be written.
 
-    Raises ValueError: no .md, a folder, or JSON beside it that is no table of ours.
+    Raises ValueError: no .md, a folder, one that cannot be written to, or JSON beside it that is no table of ours.
     """
     if target.suffix != ".md" or target.is_dir():
         raise ValueError(f"--out {target}: expected a file name that ends in .md; .json and .png go beside it")
+    there = next(folder for folder in target.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {target}: {there} cannot be written to; give another --out")
     file = target.with_suffix(".json")
     try:
         rows = json.loads(file.read_text()) if file.exists() else []

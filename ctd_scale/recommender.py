@@ -206,6 +206,7 @@ def load_rank(
     split: Split = "test",
 ) -> RankStep:
     """What is behind the preference: over a live catalogue, or the run's own as the graph knows it for this split."""
+    require_made_with(artifacts["models/llm"], config, "llm")  # whose preferences are read
     ranking = load_rankings(artifacts["ranking"].path)["full_text"]
     own = None if live is None else RetrieveStep(live.retriever, live.graph, config, effort)
     return RankStep(load_density(artifacts, config), own or load_retrieve(artifacts, config, split, effort), ranking)

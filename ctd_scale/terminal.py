@@ -5,6 +5,7 @@ Nothing heavy is imported here: a command that trains nothing answers at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,11 @@ from rich.console import Console
 # Redirected output gets a width in which the tables fit.
 console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+INTERRUPTION = "interrupted; what is finished stays, and the same command goes on from there"
+# An interrupted process has ended by then: less than the half minute that Kubernetes grants.
+ENDING_S = 20.0
+
 
 class TrainingError(RuntimeError):
     """A training stage failed after its retries; the message carries the worker's error."""
@@ -26,11 +32,48 @@ class ServingError(RuntimeError):
     """The endpoint did not come up; the message says where it was looked for."""
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM interrupt a command, from its beginning on and for certain (`_end_for_certain`)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(*_: object) -> None:
+        _end_for_certain()
+        raise KeyboardInterrupt
+
+    if before[signal.SIGINT] is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    take_sigterm_as_ctrl_c()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_for_certain() -> None:
+    """End this process in `ENDING_S`, if nothing else does. Python loses an interruption that comes within the callback
+    of a weak reference; and where the signal went to Ray's servers, too, as systemd sends it, Ray waits a minute for
+    them."""
+
+    def end() -> None:
+        print(INTERRUPTION, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    timer = threading.Timer(ENDING_S, end)
+    timer.daemon = True
+    timer.start()
+
+
 def take_sigterm_as_ctrl_c() -> None:
     """From now on SIGTERM, which batch systems send, ends this process as Ctrl-C does, and also where a shell has made
     it deaf to Ctrl-C, as it does in the background."""
 
     def end(_: int, frame: FrameType | None) -> None:
+        _end_for_certain()
         ctrl_c = signal.getsignal(signal.SIGINT)
         if not callable(ctrl_c):
             raise KeyboardInterrupt

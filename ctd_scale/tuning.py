@@ -107,6 +107,11 @@ def search(
         raise ConfigError("history.num_blocks=0, so nothing is trained that could be tuned; --set history.num_blocks=2")
     for _ in range(20):  # a key that does not exist, or a value out of bounds, is an error now and not in an hour
         load_config(config, [*overrides, *overrides_of({key: each.sample() for key, each in space.items()})])
+    read = {name for stage in stages for name in sections_of(stage, settings)}
+    for key in space:
+        if not any(f"{key}.".startswith(f"{name}.") for name in read):
+            own = ", ".join(sorted({name.rpartition(".")[0] or name for name in read}))
+            raise ConfigError(f"--range {key}: {stage_name} does not depend on it; expected a setting in {own}")
     _make_inputs(stages, run, settings)
     training.start_ray()
     name = _name(stages, run, settings, [*sorted(ranges), trials, least_epochs])

@@ -47,6 +47,7 @@ TRANSIENT = (BackPressureError, asyncio.TimeoutError, *UNAVAILABLE)
 FOLLOW_S = 0.25  # how soon a replica learns of another version
 SHARE_S = 1.0  # and of what the LLM told another replica
 LOG_BYTES, LOG_FILES = 50_000_000, 4
+MAX_SAID = 400  # characters of an error
 
 
 class Preference(Step):
@@ -175,7 +176,7 @@ class App(Step):
                 serving_log.exception("still serving version %s", self.version)
                 refused = source.number
                 if not source.same_but_for_changes(self._release.source):
-                    self._coordinator.refuse.remote(source, repr(error).split("\\n")[0])
+                    self._coordinator.refuse.remote(source, _in_short(error))
 
     async def _close_when_told(self) -> None:
         """Tell the coordinator what is served here. Close the door where it says so, and tell it when nobody is inside
@@ -339,6 +340,12 @@ def _resolved(release: Release, request: RecommendRequest) -> tuple[Int32[ndarra
     )
     (excluded,) = excluded_items([history], request.exclude_seen, [further])
     return release.read_as[history], excluded
+
+
+def _in_short(error: Exception) -> str:
+    """One line of it: what failed in another process says where, too, and says so last."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said if len(said) <= MAX_SAID else f'... {said[-MAX_SAID:]}'}"
 
 
 def open_logs(folder: Path, requests: bool) -> None:

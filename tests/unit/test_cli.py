@@ -50,6 +50,7 @@ def test_errors_of_the_system_are_messages(tmp_path: Path, capsys: pytest.Captur
         ("bench quality -d debug --out table.json", "--out table.json: expected a file name that ends in .md"),
         ("bench ablation -d debug --out folder.md", "--out folder.md: expected a file name"),
         ("bench quality -d debug --out other.md", "other.json is not the JSON of a table that `ctd bench` wrote"),
+        ("bench quality -d debug --out other.json/table.md", "other.json cannot be written to; give another --out"),
         ("bench serve --run run --k 0", "--k 0: expected 1 to serving.max_k=500"),
         ("bench serve --run run --k 501", "--k 501: expected"),
         ("bench serve --run run --clients 2,a", "--clients 2,a"),

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from ctd_scale import cli
+from ctd_scale import cli, terminal
 from ctd_scale.terminal import ctrl_c_kept, take_sigterm_as_ctrl_c
+
+LOST = """
+import os, signal, time
+from ctd_scale import terminal
+terminal.ENDING_S = 0.5
+with terminal.interruptible():
+    try:
+        os.kill(os.getpid(), signal.{name})
+    except KeyboardInterrupt:
+        print("lost", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_who_takes_ctrl_c_gives_it_back() -> None:
@@ -32,10 +46,52 @@ def test_who_takes_ctrl_c_gives_it_back() -> None:
         pool.submit(ctrl_c_kept()(sys.exit)).result()
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interruption_that_is_lost_ends_a_command_all_the_same(name: str) -> None:
+    started = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", LOST.format(name=name)], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (terminal.INTERRUPTED, "lost\n")
+    assert ended.stderr == f"{terminal.INTERRUPTION}\n"
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("taken", [take_sigterm_as_ctrl_c, lambda: None])
+def test_a_command_is_interrupted_from_its_beginning_and_gives_signals_back(
+    taken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "ENDING_S", 3600.0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+
+        def work(*_: object, signal_number: signal.Signals = number, **__: object) -> None:
+            taken()
+            os.kill(os.getpid(), signal_number)
+
+        monkeypatch.setattr(cli, "configured", work)
+        with pytest.raises(SystemExit) as end:
+            cli.main(["run", "-c", "debug"])
+        assert end.value.code == cli.INTERRUPTED
+    assert before == {number: signal.getsignal(number) for number in before}
+
+
+def test_what_ray_makes_of_sigterm_while_it_starts_is_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        sys.exit(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "configured", work)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", "-c", "debug"])
+    assert end.value.code == cli.INTERRUPTED
+    assert capsys.readouterr().err == f"{terminal.INTERRUPTION}\n"
+
+
 @pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
 def test_sigterm_is_an_interruption(
     ctrl_c: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(terminal, "ENDING_S", 3600.0)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, ctrl_c)
 

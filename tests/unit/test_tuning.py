@@ -47,6 +47,7 @@ def test_what_is_written_down_is_what_was_trained() -> None:
         ("llm", ["llm.rate=1..2"], r"llm\.rate: unknown key"),
         ("llm", ["llm.head_dropout=0.5..1.5"], r"llm\.head_dropout: Input should be less than or equal to 1"),
         ("llm", [], "nothing to search"),
+        ("llm", ["graph.epochs=1,2"], r"graph\.epochs: llm does not depend on it; expected a setting in .*llm"),
         ("history", ["history.dropout=0..0.5"], r"history\.num_blocks=0, so nothing is trained"),
         (
             "tokenizer",
