@@ -134,8 +134,8 @@ def train_task(
                 if ndcg > best_ndcg or not len(users):  # nobody to choose by: the last
                     best, best_ndcg, best_epoch = learned(model), ndcg, epoch
             validated[str(epoch)] = ndcg
-            training.report_checkpoint({"epoch": epoch, "validated": validated}, write)
-    training.report_checkpoint({"epoch": epoch, "validated": validated}, write)
+            training.report_checkpoint({"epoch": epoch, "validated": dict(validated)}, write)
+    training.report_checkpoint({"epoch": epoch, "validated": dict(validated)}, write)
     steplog.close()
 
 

@@ -297,7 +297,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
                 epoch = plan.epoch_ends.index(step) + 1
                 best = replace(Best.of(epoch, ndcg, engine.module, share), validated=best.validated)
             best.validated[str(step)] = ndcg
-            training.report({"step": step, "validated": best.validated})
+            training.report({"step": step, "validated": dict(best.validated)})
             validated = {"validation_ndcg": torch.tensor(ndcg), "best_ndcg": torch.tensor(best.ndcg)}
         steplog.step(step, curves | validated)
         if step % config.checkpoint_every_steps == 0 and step < plan.total_steps:
@@ -315,7 +315,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
             prompts.save(target, config.max_title_tokens)
             (target / FACTS).write_text(json.dumps({**plan.facts(parts), **best.facts()}))
 
-    training.report_checkpoint({"step": step, "validated": best.validated}, write_final, every_rank=True)
+    training.report_checkpoint({"step": step, "validated": dict(best.validated)}, write_final, every_rank=True)
     steplog.close()
 
 
