@@ -19,6 +19,7 @@ LOST = """
 import os, signal, time
 from ctd_scale import terminal
 terminal.ENDING_S = 0.5
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run in the background
 with terminal.interruptible():
     try:
         os.kill(os.getpid(), signal.{name})
@@ -60,6 +61,7 @@ def test_a_command_is_interrupted_from_its_beginning_and_gives_signals_back(
     taken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(terminal, "ENDING_S", 3600.0)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
 
@@ -71,7 +73,9 @@ def test_a_command_is_interrupted_from_its_beginning_and_gives_signals_back(
         with pytest.raises(SystemExit) as end:
             cli.main(["run", "-c", "debug"])
         assert end.value.code == cli.INTERRUPTED
-    assert before == {number: signal.getsignal(number) for number in before}
+    after = {number: signal.getsignal(number) for number in before}
+    signal.signal(signal.SIGINT, ignored)
+    assert after == before
 
 
 def test_what_ray_makes_of_sigterm_while_it_starts_is_an_interruption(
