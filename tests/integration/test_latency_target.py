@@ -90,9 +90,10 @@ def test_what_is_served_is_one_process_with_these_settings(run: Run) -> None:
 def test_a_table_that_is_missing_or_of_something_else_is_refused(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.root, tmp_path / "other")
     other = Run(str(tmp_path), "other")
-    config = other.read_config(["serving.target_p99_ms=1000", "diffusion.guidance=2.0"])
-    with pytest.raises(ArtifactError, match=r"other settings in diffusion, retrieval or evaluation\.mask_seen"):
-        source_of(other, config)
+    for another in ("diffusion.guidance=2.0", "evaluation.mask_seen=false"):
+        config = other.read_config(["serving.target_p99_ms=1000", another])
+        with pytest.raises(ArtifactError, match=r"other settings in diffusion, retrieval or evaluation\.mask_seen"):
+            source_of(other, config)
     ranking = other.fetch("ranking")
     text = (ranking.path / "ranking.json").read_text().replace('"draws": 0.5', '"draws": 0.75')
     with other.publish("ranking", config_hash="tiny", inputs=ranking.manifest["inputs"]) as folder:
