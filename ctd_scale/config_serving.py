@@ -31,6 +31,9 @@ class ServingConfig(Section):
     max_requests: Positive = Field(100, description="of one batch")
     max_body_bytes: Positive = 1_000_000
     cached_preferences: Count = Field(100_000, description="preferences that each ingress replica keeps, by history")
+    swap_warm_up_s: NotNegative = Field(
+        60.0, description="another LLM takes over when it has read, for so long at most, whoever was asked about lately"
+    )
     recall_probe_s: NotNegative = Field(
         60.0, description="how often each ingress replica compares an approximate index with exact search; 0 = never"
     )

@@ -168,7 +168,18 @@ def version_of(artifacts: Mapping[str, Artifact], changes: Changes = NO_CHANGES)
     digests = {name: artifacts[name].digest for name in ARTIFACTS}
     if changes.digest:
         digests["changes"] = changes.digest
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]
+    return _identity(digests)
+
+
+def reader_of(artifacts: Mapping[str, Artifact], config: RunConfig) -> str:
+    """Identity of everything that shapes a preference: 12 hex digits over what the LLM reads, itself and its settings.
+    Versions that share it say the same of a history."""
+    digests = {name: artifacts[name].digest for name in READ_FOR_PREFERENCE}
+    return _identity({**digests, "llm": config.llm.model_dump_json()})
+
+
+def _identity(parts: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def require_made_with(artifact: Artifact, config: RunConfig, section: str) -> None:

@@ -25,7 +25,8 @@ from ctd_scale.config import RunConfig
 from ctd_scale.config_serving import ServingConfig
 from ctd_scale.latency import described
 from ctd_scale.serving.coordinator import Coordinator
-from ctd_scale.serving.deployments import App, Preference
+from ctd_scale.serving.deployments import App
+from ctd_scale.serving.preference import Preference
 from ctd_scale.serving.release import Source, source_of
 from ctd_scale.serving.shards import Shard
 from ctd_scale.terminal import ServingError, console

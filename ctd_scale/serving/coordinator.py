@@ -17,18 +17,18 @@ from ctd_scale.serving.telemetry import Telemetry
 
 # How soon a change of the catalogue is seen, in a folder and behind a URL.
 LOOK_S, LOOK_AFAR_S = 0.2, 5.0
-# An endpoint that has not asked for so long is not there any more.
+# A replica that has said nothing for so long is not there any more.
 GONE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """What a replica of the ingress said last: the number of the source that it serves, and whether it has answered
-    all that was asked."""
+class Replica:
+    """What a replica said last: the number of the source that it serves, or can be asked about, and whether it has
+    answered all that was asked."""
 
-    asked: float
+    said: float
     number: int
-    done: bool
+    done: bool = False
 
 
 class Coordinator:
@@ -38,9 +38,9 @@ class Coordinator:
     def __init__(self, source: Source) -> None:
         self._sources, self._before = [source], source
         self._telemetry = Telemetry()
-        self._closing, self._endpoints = False, dict[str, Endpoint]()
+        self._closing, self._endpoints, self._steps = False, dict[str, Replica](), dict[str, Replica]()
         self._look_again, self._said = 0.0, ""
-        self._shared = Shared(source.models, source.config.serving.cached_preferences)
+        self._shared = Shared(source.reader, source.config.serving.cached_preferences)
 
     async def current(self, known: Source | None) -> Source:
         """What is to be served. Whoever asks brings what it serves: after a failure this process knows no more than
@@ -79,42 +79,46 @@ class Coordinator:
         if refused.number == self._sources[-1].number and not refused.same_but_for_changes(self._before):
             self._sources = [replace(self._before, number=refused.number + 1, instead_of=why)]
 
-    async def source(self, models: str) -> Source:
-        """Where the models of a version lie. Raises ArtifactError where they are served no more."""
+    async def source(self, version: str) -> Source:
+        """Where the models of a version lie, or a reader. Raises ArtifactError where they are served no more."""
         for source in reversed(self._sources):
-            if source.models == models:
+            if version in (source.models, source.reader):
                 return source
-        raise ArtifactError(f"version {models} is not served any more")
+        raise ArtifactError(f"version {version} is not served any more")
+
+    async def preparing(self, step: str, number: int) -> None:
+        """Each replica of what the endpoints ask says over and over which source it has loaded its part of."""
+        self._steps[step] = Replica(time.monotonic(), number)
+
+    async def prepared(self, source: Source) -> bool:
+        """Whether all of them can be asked about this source, or have tried in vain."""
+        self._steps = _alive(self._steps)
+        return _all_have(self._steps, source)
 
     async def serves(self, source: Source) -> bool:
         """Whether every endpoint serves this source by now, or one that came after it."""
-        alive = self._alive()
-        return bool(alive) and all(endpoint.number >= source.number for endpoint in alive)
+        self._endpoints = _alive(self._endpoints)
+        return _all_have(self._endpoints, source)
 
     async def close(self) -> bool:
         """The endpoints are to refuse what comes from now on; whether all have heard of it and answered the rest."""
-        self._closing = True
-        return all(endpoint.done for endpoint in self._alive())
+        self._closing, self._endpoints = True, _alive(self._endpoints)
+        return all(endpoint.done for endpoint in self._endpoints.values())
 
     async def closing(self, endpoint: str, number: int, done: bool) -> bool:
         """Whether the endpoints are to close. Each asks over and over, and says what it serves and whether it has
         closed."""
-        self._endpoints[endpoint] = Endpoint(time.monotonic(), number, done)
+        self._endpoints[endpoint] = Replica(time.monotonic(), number, done)
         return self._closing
 
-    def _alive(self) -> list[Endpoint]:
-        """Those that still ask; the others are forgotten."""
-        since = time.monotonic() - GONE_S
-        self._endpoints = {name: endpoint for name, endpoint in self._endpoints.items() if endpoint.asked > since}
-        return list(self._endpoints.values())
-
-    async def share(self, models: str, said: Preferences, heard: int) -> tuple[int, Preferences]:
-        """What a replica has asked the LLM, for what the others have (see `Shared.exchange`); of what is served now."""
+    async def share(self, reader: str, said: Preferences, heard: int) -> tuple[int, Preferences]:
+        """What a replica has asked the LLM, for what the others have (see `Shared.exchange`); of the one that is to be
+        served."""
         current = self._sources[-1]
-        if models != current.models:
+        if reader != current.reader:
             return heard, {}
-        if models != self._shared.models:
-            self._shared = Shared(models, current.config.serving.cached_preferences)
+        if reader != self._shared.reader:
+            self._shared = Shared(reader, current.config.serving.cached_preferences)
         return self._shared.exchange(said, heard)
 
     async def observe(self, records: Sequence[Record | Probe]) -> None:
@@ -130,3 +134,13 @@ class Coordinator:
         """The latest source of each of the latest models."""
         others = [each for each in self._sources if each.models != source.models]
         self._sources = [*others, source][-KEPT_VERSIONS:]
+
+
+def _alive(replicas: dict[str, Replica]) -> dict[str, Replica]:
+    """Those that have said something lately."""
+    since = time.monotonic() - GONE_S
+    return {name: replica for name, replica in replicas.items() if replica.said > since}
+
+
+def _all_have(replicas: dict[str, Replica], source: Source) -> bool:
+    return bool(replicas) and all(replica.number >= source.number for replica in replicas.values())

@@ -1,4 +1,4 @@
-"""The chain as Ray Serve deployments: the LLM, and the ingress, which does what is behind it.
+"""The ingress as a Ray Serve deployment: it asks the LLM, and does what is behind it.
 
 A request that comes alone runs exactly what `Recommender.recommend` runs for one history; requests that arrive
 together share a batch, which changes the last bits of a score and nothing else.
@@ -7,14 +7,15 @@ together share a batch, which changes the last bits of a score and nothing else.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -28,75 +29,24 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from ctd_scale.config_serving import ServingConfig
-from ctd_scale.llm.inference import PreferenceModel
-from ctd_scale.recommender import READ_FOR_PREFERENCE, Recommendation, excluded_items, load_preference, timed
+from ctd_scale.recommender import Recommendation, excluded_items, timed
 from ctd_scale.retrieval.boosts import Boosts
-from ctd_scale.serving.api import UNAVAILABLE, Answered, make_api
+from ctd_scale.serving.api import Answered, make_api
+from ctd_scale.serving.known import Asked
 from ctd_scale.serving.middleware import Door, Record, access_log
 from ctd_scale.serving.picture import flattened
 from ctd_scale.serving.probe import Probe, Searched, keep_probing
 from ctd_scale.serving.release import Release, Source, open_release, serving_log
-from ctd_scale.serving.schema import RecommendRequest, picture_object, ranked_items, response_object
+from ctd_scale.serving.schema import RecommendRequest, RequestError, picture_object, ranked_items, response_object
 from ctd_scale.serving.shards import Shards
-from ctd_scale.serving.step import Step, Versions, result_of
+from ctd_scale.serving.step import FOLLOW_S, TRANSIENT, Step, configure_batches, result_of
 from ctd_scale.serving.telemetry import CACHE_HIT
 
 SEND_RECORDS_S = 0.5
-# What passes: nobody is there to answer just now, or all are busy.
-TRANSIENT = (BackPressureError, asyncio.TimeoutError, *UNAVAILABLE)
-FOLLOW_S = 0.25  # how soon a replica learns of another version
-SHARE_S = 1.0  # and of what the LLM told another replica
+SHARE_S = 1.0  # how soon a replica learns of what the LLM told another one
+MAX_ASKED = 10_000  # users or histories that a replica remembers to have been asked about
 LOG_BYTES, LOG_FILES = 50_000_000, 4
 MAX_SAID = 400  # characters of an error
-
-
-class Preference(Step):
-    """The LLM: what a user wants, as a vector and as a text. Asked about a version that it does not have, it loads it
-    beside the one that it has."""
-
-    async def __init__(  # type: ignore[misc]
-        self, config: ServingConfig, coordinator: DeploymentHandle
-    ) -> None:
-        super().__init__(max(1, (os.cpu_count() or 1) // config.max_replicas))
-        self._coordinator = coordinator
-        self._models: Versions[str, PreferenceModel] = Versions(self._load)
-        _configure_batches(config, self.preference, self.text)
-        await self._models.of((await coordinator.current.remote(None)).models)
-
-    @serve.batch  # type: ignore[untyped-decorator]
-    async def preference(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[Float32[ndarray, "cond_dim"]]:
-        """The preference after each history, by the LLM of its version."""
-        return await self._compute(_each, asked, await self._models_of(asked), PreferenceModel.__call__)
-
-    @serve.batch  # type: ignore[untyped-decorator]
-    async def text(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[str]:
-        """What the LLM of each version says after a history."""
-        return await self._compute(_each, asked, await self._models_of(asked), PreferenceModel.texts)
-
-    async def _models_of(self, asked: list[tuple[str, ndarray]]) -> dict[str, PreferenceModel]:
-        return {version: await self._models.of(version) for version in {version for version, _ in asked}}
-
-    async def _load(self, models: str) -> PreferenceModel:
-        source: Source = await self._coordinator.source.remote(models)
-        return await asyncio.to_thread(_warm_preference, source)
-
-
-def _each(asked: list[tuple[str, ndarray]], models: dict[str, PreferenceModel], read: Callable[..., Any]) -> list[Any]:
-    """What `read` gives for each history by the model of its version."""
-    found: list[Any] = [None] * len(asked)
-    for version, model in models.items():
-        places = [place for place, (of, _) in enumerate(asked) if of == version]
-        for place, answer in zip(places, read(model, [asked[place][1] for place in places]), strict=True):
-            found[place] = answer
-    return found
-
-
-def _warm_preference(source: Source) -> PreferenceModel:
-    model = load_preference(source.artifacts(READ_FOR_PREFERENCE), source.config)
-    for warm in (model, model.texts):  # the first call allocates: no request should wait for it
-        warm([np.zeros(1, np.int32)])
-    gc.freeze()  # as where a release is opened: it knows all titles
-    return model
 
 
 @dataclass(frozen=True)
@@ -118,8 +68,8 @@ class App(Step):
     have in every replica, and a call from one replica to another costs more than they compute. One thread: they are
     small, and the LLM needs the cores.
 
-    A request keeps to the release that it began with. The next one is loaded beside it, and takes its place when the
-    LLM, and the shards where there are any, have it too.
+    A request keeps to the release that it began with. The next one is loaded beside it, and takes its place when every
+    replica of the LLM, and of the shards where there are any, has it too, and another LLM knows who is likely to ask.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -133,12 +83,13 @@ class App(Step):
         self._shards = Shards(shards, asyncio.get_running_loop(), config.request_timeout_s)
         self._config, self._preference, self._coordinator = config, preference, coordinator
         self._records: list[Record | Probe] = []
+        self._asked = Asked(min(config.cached_preferences, MAX_ASKED))
         self._searched: Searched | None = None
         self._warm, self._in_progress = False, 0
         self.door = Door()
-        _configure_batches(config, self._ranked)
+        configure_batches(config, self._ranked)
         self._release = await self._opened(await coordinator.current.remote(None))
-        await self._share()  # a replica that load has called for begins with what the others know
+        await self._share(self._release)  # a replica that load has called for begins with what the others know
         open_logs(self._release.source.run.root / "logs" / "serving", config.access_log)
         self._following = asyncio.create_task(self._follow())
         self._closing = asyncio.create_task(self._close_when_told())
@@ -165,10 +116,10 @@ class App(Step):
             source = self._release.source
             try:
                 source = await self._coordinator.current.remote(source)
-                if source.number > max(refused, self._release.source.number):
+                if source.number > max(refused, self._release.source.number) and await self._can_be_asked(source):
                     release = await self._opened(source, self._release)
-                    if source.models != self._release.source.models:
-                        await self._preference.preference.remote((source.models, np.zeros(1, np.int32)))
+                    if source.reader != self._release.source.reader:
+                        await self._warm_up(release)
                     self._release = release
             except TRANSIENT:
                 serving_log.exception("still serving version %s", self.version)
@@ -177,6 +128,25 @@ class App(Step):
                 refused = source.number
                 if not source.same_but_for_changes(self._release.source):
                     self._coordinator.refuse.remote(source, _in_short(error))
+
+    async def _can_be_asked(self, source: Source) -> bool:
+        """Whether the LLM and the shards have this source; what they do not tell apart, they have."""
+        served = self._release.source
+        same = (source.reader, source.index) == (served.reader, served.index)
+        return same or bool(await self._coordinator.prepared.remote(source))
+
+    async def _warm_up(self, release: Release) -> None:
+        """Let another LLM read whoever was asked about lately, the last ones first, while the other one answers: those
+        are likely to be asked about again, and all at once it cannot read them."""
+        await self._preference_after(release, np.zeros(1, np.int32), {})
+        deadline = time.monotonic() + self._config.swap_warm_up_s
+        asked = self._asked.latest_first()
+        while time.monotonic() < deadline and (some := list(islice(asked, self._config.max_batch_size))):
+            reads = [self._preference_after(release, read, {}) for read in _reads(release, some)]
+            said = await asyncio.gather(*reads, return_exceptions=True)
+            if any(isinstance(each, BaseException) for each in said):  # those are read when they are asked about
+                await asyncio.sleep(FOLLOW_S)
+            await self._share(release)
 
     async def _close_when_told(self) -> None:
         """Tell the coordinator what is served here. Close the door where it says so, and tell it when nobody is inside
@@ -191,14 +161,14 @@ class App(Step):
     async def _keep_sharing(self) -> None:
         while True:
             await asyncio.sleep(SHARE_S)
-            await self._share()
+            await self._share(self._release)
 
-    async def _share(self) -> None:
+    async def _share(self, release: Release) -> None:
         """Tell the other replicas what the LLM said, and hear what it said to them."""
-        models, known = self._release.source.models, self._release.known
+        known = release.known
         said, known.untold = known.untold, {}
         try:
-            heard, others = await self._coordinator.share.remote(models, said, known.heard)
+            heard, others = await self._coordinator.share.remote(release.source.reader, said, known.heard)
         except TRANSIENT:  # another time
             known.untold = said | known.untold
         else:
@@ -226,6 +196,7 @@ class App(Step):
     async def recommend(self, request: RecommendRequest) -> Answered:
         release = self._release
         history, excluded = _resolved(release, request)
+        self._asked.add(request.user_id, (request.history or [])[-release.source.config.llm.max_history :])
         boosts = release.directory.boosts(request.boosts)
         limit = self._config.max_ongoing_requests + self._config.max_queued_requests
         if self._in_progress >= limit:
@@ -236,7 +207,7 @@ class App(Step):
             preference, text = await self._preference_after(release, history, seconds), ""
             if request.explain:
                 with timed("text", seconds):
-                    text = await result_of(self._preference.text.remote((release.source.models, history)))
+                    text = await result_of(self._preference.text.remote((release.source.reader, history)))
             order = Order(release, preference, history, text, excluded, request.k, boosts)
             recommendation, behind = await self._ranked(order)
         finally:
@@ -322,7 +293,7 @@ class App(Step):
             seconds[CACHE_HIT] = 0.0
             return preference
         with timed("preference", seconds):
-            preference = await result_of(self._preference.preference.remote((release.source.models, history)))
+            preference = await result_of(self._preference.preference.remote((release.source.reader, history)))
         release.known.learn(read, preference, self._config.cached_preferences)
         return preference
 
@@ -342,6 +313,13 @@ def _resolved(release: Release, request: RecommendRequest) -> tuple[Int32[ndarra
     return release.read_as[history], excluded
 
 
+def _reads(release: Release, whom: Sequence[dict[str, Any]]) -> Iterator[Int32[ndarray, "_"]]:
+    """What the LLM reads of them; of users and items that this release does not know, nothing."""
+    for each in whom:
+        with suppress(RequestError):
+            yield release.read_as[release.directory.history(**each)]
+
+
 def _in_short(error: Exception) -> str:
     """One line of it: what failed in another process says where, too, and says so last."""
     said = " ".join(str(error).split())
@@ -359,9 +337,3 @@ def open_logs(folder: Path, requests: bool) -> None:
             log.addHandler(RotatingFileHandler(file, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"))
             log.setLevel(logging.INFO)
             log.propagate = False
-
-
-def _configure_batches(config: ServingConfig, *methods: Any) -> None:
-    for method in methods:
-        method.set_max_batch_size(config.max_batch_size)
-        method.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)

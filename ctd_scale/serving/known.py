@@ -1,13 +1,14 @@
-"""What the LLM said of a history, for whoever asks with the same one again. Every replica of the ingress keeps it, and
-through the coordinator tells it to the others: one that has just started, where load called for it, would otherwise ask
-the LLM about everybody once more.
+"""What the LLM said of a history, for whoever asks with the same one again, and whom it was asked about. Every replica
+of the ingress keeps it, and through the coordinator tells it to the others: one that has just started, where load
+called for it, would otherwise ask the LLM about everybody once more. So would all of them after a swap to another LLM.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float32
 from numpy import ndarray
@@ -17,7 +18,7 @@ Preferences = dict[bytes, Float32[ndarray, "cond_dim"]]
 
 @dataclass
 class Known:
-    """What one replica knows of one version of the models, by what was read; `heard` is how much of what others said.
+    """What one replica knows of one LLM, by what was read; `heard` is how much of what others said.
 
     Where more than the limit is kept, what was not asked for the longest goes first.
     """
@@ -49,11 +50,31 @@ class Known:
             self.untold.pop(read, None)
 
 
-class Shared:
-    """What all replicas have said of one version of the models, numbered in the order in which it came."""
+class Asked:
+    """Whom one replica was asked about lately, a user or a history: another LLM reads them before it takes over."""
 
-    def __init__(self, models: str, limit: int) -> None:
-        self.models, self._limit = models, limit
+    def __init__(self, limit: int) -> None:
+        self._limit, self._lately = limit, OrderedDict[str | tuple[str, ...], None]()
+
+    def add(self, user_id: str | None, history: Sequence[str]) -> None:
+        """A user was asked about or, where none is given, a history."""
+        whom = tuple(history) if user_id is None else user_id
+        self._lately[whom] = None
+        self._lately.move_to_end(whom)
+        while len(self._lately) > self._limit:
+            self._lately.popitem(last=False)
+
+    def latest_first(self) -> Iterator[dict[str, Any]]:
+        """As `Directory.history` wants them."""
+        for whom in list(reversed(self._lately)):
+            yield {"user_id": whom} if isinstance(whom, str) else {"history": whom}
+
+
+class Shared:
+    """What all replicas have said of one LLM, numbered in the order in which it came."""
+
+    def __init__(self, reader: str, limit: int) -> None:
+        self.reader, self._limit = reader, limit
         self._count, self._said = 0, OrderedDict[bytes, tuple[int, Float32[ndarray, "cond_dim"]]]()
 
     def exchange(self, said: Preferences, heard: int) -> tuple[int, Preferences]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from jaxtyping import Int32
@@ -21,7 +21,7 @@ from ctd_scale.changes import in_force, read_changes
 from ctd_scale.config import RunConfig
 from ctd_scale.latency import Row, chosen_row, load_tuned
 from ctd_scale.live import Base, apply_changes, load_base
-from ctd_scale.recommender import ARTIFACTS, READ_BEHIND, RankStep, load_artifacts, version_of
+from ctd_scale.recommender import ARTIFACTS, READ_BEHIND, RankStep, load_artifacts, reader_of, version_of
 from ctd_scale.retrieval.remote import Ask, Part
 from ctd_scale.serving.known import Known
 from ctd_scale.serving.schema import Directory
@@ -35,13 +35,14 @@ AskOf = Callable[[Index, Part], Ask]
 
 @dataclass(frozen=True)
 class Source:
-    """The artifacts of a run at one time: `models` is their version, `version` that of all with the `changes` of this
-    number, which lie on the index that was `built` as of that number. `number` counts what was served before; `tuned`
-    is what `serving.target_p99_ms` chose."""
+    """The artifacts of a run at one time: `models` is their version, `reader` that of what says a preference, `version`
+    that of all with the `changes` of this number, which lie on the index that was `built` as of that number. `number`
+    counts what was served before; `tuned` is what `serving.target_p99_ms` chose."""
 
     run: Run
     config: RunConfig
     models: str
+    reader: str
     version: str
     changes: int = 0
     built: int = 0
@@ -81,7 +82,8 @@ def source_of(run: Run, config: RunConfig) -> Source:
     artifacts, changes = load_artifacts(run), read_changes(run)
     models, version = version_of(artifacts), version_of(artifacts, changes)
     tuned = chosen_row(run, config, artifacts)
-    return Source(run, config, models, version, changes.number, changes.built, tuned=tuned)
+    reader = reader_of(artifacts, config)
+    return Source(run, config, models, reader, version, changes.number, changes.built, tuned=tuned)
 
 
 def changed(source: Source) -> Source:
@@ -106,7 +108,7 @@ class Release:
     directory: Directory
     rank: RankStep
     read_as: Int32[ndarray, "items"]
-    known: Known = field(default_factory=Known)
+    known: Known
 
     @property
     def version(self) -> str:
@@ -140,4 +142,5 @@ def _opened(source: Source, before: Release | None, ask: AskOf | None) -> Releas
     log = InteractionLog.load(artifacts["interactions"].path, live.catalogue)
     directory = Directory(log, live.catalogue, live.places)
     rank = load_tuned(artifacts, source.config, None if source.tuned is None else source.tuned.settings, live)
-    return Release(source, base, live.catalogue, directory, rank, live.read_as)
+    known = before.known if before is not None and before.source.reader == source.reader else Known()
+    return Release(source, base, live.catalogue, directory, rank, live.read_as, known)

@@ -19,21 +19,24 @@ from ctd_scale.retrieval.remote import Ask, Part
 from ctd_scale.retrieval.segments import Found
 from ctd_scale.retrieval.tree_index import TreeIndex
 from ctd_scale.serving.release import AskOf, Index, Source
-from ctd_scale.serving.step import Step, Versions, result_of
+from ctd_scale.serving.step import PreparedStep, Versions, result_of
 
 Loaded = dict[tuple[Part, int], TreeIndex]
 
 
-class Shard(Step):
+class Shard(PreparedStep):
     """Every `of`-th shard of the indexes that it is asked about, from `number` on."""
 
     async def __init__(  # type: ignore[misc]
         self, coordinator: DeploymentHandle, number: int, of: int
     ) -> None:
         super().__init__(threads=1)
-        self._coordinator, self._number, self._of = coordinator, number, of
+        self._number, self._of = number, of
         self._indexes: Versions[Index, Loaded] = Versions(self._load)
-        await self.load((await coordinator.current.remote(None)).index)
+        await self._keep_prepared(coordinator, self._load_for)
+
+    async def _load_for(self, source: Source) -> None:
+        await self.load(source.index)
 
     async def load(self, index: Index) -> None:
         """Have its shards of this index."""

@@ -1,18 +1,31 @@
-"""What the deployments have in common: a thread to compute on, and versions that are loaded when they are asked for."""
+"""What the deployments have in common: a thread to compute on, and versions that are loaded beside each other, before
+they are asked for.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import torch
-from ray.serve.handle import DeploymentResponse
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from ctd_scale.config_serving import ServingConfig
+from ctd_scale.serving.api import UNAVAILABLE
+from ctd_scale.serving.release import Source, serving_log
 
 # What is served, and what was before: a request that began with the latter ends with it.
 KEPT_VERSIONS = 2
+# How soon a replica learns of another version.
+FOLLOW_S = 0.25
+# What passes: nobody is there to answer just now, or all are busy.
+TRANSIENT = (BackPressureError, asyncio.TimeoutError, *UNAVAILABLE)
 
 Version = TypeVar("Version", bound=Hashable)
 Loaded = TypeVar("Loaded")
@@ -30,22 +43,62 @@ class Step:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
+class PreparedStep(Step):
+    """A step that others ask about versions. Every replica loads what is to be served next as soon as the coordinator
+    says so, and says when it has it: were it loaded when somebody asks for it, everybody would wait for that."""
+
+    async def _keep_prepared(self, coordinator: DeploymentHandle, load: Callable[[Source], Awaitable[object]]) -> None:
+        """Load what is served now, and from then on what is next."""
+        self._coordinator = coordinator
+        source: Source = await coordinator.current.remote(None)
+        await load(source)
+        self._prepared_for = source.number
+        self._preparing = asyncio.create_task(self._prepare(load))
+        self._telling = asyncio.create_task(self._tell(uuid.uuid4().hex))
+
+    async def _prepare(self, load: Callable[[Source], Awaitable[object]]) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            with suppress(*TRANSIENT):
+                source = await self._coordinator.current.remote(None)
+                if source.number > self._prepared_for:
+                    await self._try(load, source)
+                    self._prepared_for = source.number
+
+    @staticmethod
+    async def _try(load: Callable[[Source], Awaitable[object]], source: Source) -> None:
+        """What cannot be loaded is given up: whoever asks for it is told why."""
+        try:
+            await load(source)
+        except TRANSIENT:
+            raise
+        except Exception:
+            serving_log.debug("%s", source.version, exc_info=True)
+
+    async def _tell(self, me: str) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            with suppress(*TRANSIENT):
+                await self._coordinator.preparing.remote(me, self._prepared_for)
+
+
 class Versions(Generic[Version, Loaded]):
-    """What `load` gives for a version, loaded beside what is there; of those that are kept, the one that was not asked
-    for the longest goes first."""
+    """What `load` gives for a version, loaded beside what is there, which is given meanwhile; of those that are kept,
+    the one that was not asked for the longest goes first."""
 
     def __init__(self, load: Callable[[Version], Awaitable[Loaded]]) -> None:
         self._load, self._loading = load, asyncio.Lock()
         self._kept: OrderedDict[Version, Loaded] = OrderedDict()
 
     async def of(self, version: Version) -> Loaded:
-        async with self._loading:
-            if version not in self._kept:
-                self._kept[version] = await self._load(version)
-            self._kept.move_to_end(version)
-            while len(self._kept) > KEPT_VERSIONS:
-                self._kept.popitem(last=False)
-            return self._kept[version]
+        if version not in self._kept:
+            async with self._loading:
+                if version not in self._kept:
+                    self._kept[version] = await self._load(version)
+        self._kept.move_to_end(version)
+        while len(self._kept) > KEPT_VERSIONS:
+            self._kept.popitem(last=False)
+        return self._kept[version]
 
 
 async def result_of(response: DeploymentResponse) -> Any:
@@ -55,3 +108,10 @@ async def result_of(response: DeploymentResponse) -> Any:
     except asyncio.CancelledError:
         response.cancel()
         raise
+
+
+def configure_batches(config: ServingConfig, *methods: Any) -> None:
+    """What comes together is computed together."""
+    for method in methods:
+        method.set_max_batch_size(config.max_batch_size)
+        method.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)

@@ -20,6 +20,7 @@ from typing import Any
 
 import aiohttp
 import httpx
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
@@ -27,10 +28,12 @@ from serving_process import CTD, RECOMMEND, START_S, Server, started
 from tiny_run import make_tiny_run
 
 from ctd_scale.artifacts import Run
+from ctd_scale.batches import Ranking, save_rankings
 from ctd_scale.changes import CURRENT, delete, roll_back, upsert
 from ctd_scale.live import rebuild_index
 from ctd_scale.recommender import Recommender, load_artifacts
 from ctd_scale.serving.load import ask_each, ramp
+from ctd_scale.serving.telemetry import CACHE_HIT
 
 pytestmark = pytest.mark.slow
 
@@ -93,10 +96,25 @@ def test_every_request_is_a_line_of_the_log(server: Server, run: Run) -> None:
     assert (mine["route"], mine["status"], mine["stages"]) == (RECOMMEND, 404, {})
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with models of its own."""
+    return make_tiny_run(tmp_path_factory.mktemp("other"), seed=1)
+
+
+def lead_to(target: Path, link: Path, server: Server) -> str:
+    """Turn the link; returns what the server says to that."""
+    aside = link.with_name("aside")
+    aside.symlink_to(target)
+    aside.replace(link)
+    server.process.send_signal(signal.SIGHUP)
+    assert server.process.stdout is not None
+    return server.process.stdout.readline()
+
+
 def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
-    server: Server, run: Run, link: Path, tmp_path_factory: pytest.TempPathFactory
+    server: Server, run: Run, other: Run, link: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    other = make_tiny_run(tmp_path_factory.mktemp("other"), seed=1)
     wanted: dict[str, list[list[str]]] = {}
     for each in (Recommender(run), Recommender(other)):
         histories = [each.log.full_history(user) for user in range(20)]
@@ -104,16 +122,6 @@ def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
         wanted[each.version] = [[each.catalogue.item_ids[item] for item in answer.items] for answer in found]
     before, after = wanted
     assert wanted[before] != wanted[after]
-
-    def lead_to(target: Path) -> None:
-        aside = link.with_name("aside")
-        aside.symlink_to(target)
-        aside.replace(link)
-        server.process.send_signal(signal.SIGHUP)
-
-    def said() -> str:
-        assert server.process.stdout is not None
-        return server.process.stdout.readline()
 
     done, answers = threading.Event(), list[tuple[int, int, dict[str, Any]]]()
 
@@ -127,11 +135,9 @@ def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
 
     with ThreadPoolExecutor(2) as threads:
         asking = [threads.submit(ask, first) for first in range(2)]
-        lead_to(other.root)
-        assert said() == f"now serving version {after}\n"
+        assert lead_to(other.root, link, server) == f"now serving version {after}\n"
         time.sleep(1)
-        lead_to(run.root)
-        assert said() == f"now serving version {before}\n"
+        assert lead_to(run.root, link, server) == f"now serving version {before}\n"
         time.sleep(1)
         done.set()
         for each in asking:
@@ -147,15 +153,50 @@ def test_another_run_takes_its_place_without_a_pause_and_gives_it_back(
     # What cannot be loaded is said so at once, by whatever it fails.
     misled = make_tiny_run(tmp_path_factory.mktemp("misled"), seed=2)
     misled.write_config(misled.read_config(["llm.preference_dim=32"]))
-    lead_to(misled.root)
-    assert said().startswith(f"not swapped: a replica could not load it; serving version {before}: ")
+    said = lead_to(misled.root, link, server)
+    assert said.startswith(f"not swapped: a replica could not load it; serving version {before}: ")
     assert server.post(user_id="u1").json()["version"] == before
 
-    lead_to(run.root.parent / "nowhere")
-    assert said().startswith("not swapped: no run at current")
+    said = lead_to(run.root.parent / "nowhere", link, server)
+    assert said.startswith("not swapped: no run at current")
     assert server.post(user_id="u1").json()["version"] == before
-    lead_to(run.root)
-    assert said() == f"now serving version {before}\n"
+    assert lead_to(run.root, link, server) == f"now serving version {before}\n"
+
+
+def test_another_llm_has_read_whoever_was_asked_about_and_the_same_one_reads_nobody_again(
+    server: Server, run: Run, other: Run, link: Path, tmp_path: Path
+) -> None:
+    known: list[dict[str, Any]] = [{"user_id": "u1"}, {"user_id": "u2"}, {"history": ["i3", "i1", "i2"]}]
+
+    def read(body: dict[str, Any], version: str) -> bool:
+        """Whether the LLM had to read the history for this answer."""
+        answer = server.post(**body)
+        assert answer.json()["version"] == version
+        stages = {each.split(";")[0] for each in answer.headers["Server-Timing"].split(", ")}
+        assert len(stages & {"preference", CACHE_HIT}) == 1
+        return "preference" in stages
+
+    for body in known:
+        read(body, Recommender(run).version)
+    recommender = Recommender(other)
+    assert lead_to(other.root, link, server) == f"now serving version {recommender.version}\n"
+    assert not any(read(body, recommender.version) for body in known)
+    assert read({"history": ["i1", "i3", "i2"]}, recommender.version), "nobody has asked about it"
+    history = np.array([recommender.catalogue.item_ids.index(item) for item in known[-1]["history"]], np.int32)
+    wanted = recommender.recommend([history], 10)[0].items
+    answered = [item["item_id"] for item in server.post(**known[-1]).json()["items"]]
+    assert answered == [recommender.catalogue.item_ids[item] for item in wanted]
+
+    # The same LLM, ranked otherwise.
+    third = Run(str(tmp_path), "third")
+    shutil.copytree(other.root, third.root)
+    inputs = third.fetch("ranking").manifest["inputs"]
+    with third.publish("ranking", config_hash="tiny", inputs=inputs, facts={}) as target:
+        save_rankings({name: Ranking(1.0, draws=0.0, error=0.0) for name in ("full", "full_text")}, target)
+    version = Recommender(third).version
+    assert lead_to(third.root, link, server) == f"now serving version {version}\n"
+    assert not any(read(body, version) for body in (*known, {"history": ["i1", "i3", "i2"]}))
+    assert lead_to(run.root, link, server) == f"now serving version {Recommender(run).version}\n"
 
 
 def test_other_settings_of_the_same_models_are_served_once_it_is_said(server: Server, run: Run) -> None:

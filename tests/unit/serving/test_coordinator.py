@@ -16,7 +16,7 @@ from ctd_scale.serving.release import Source
 
 
 def test_what_is_refused_gives_way_to_what_was_there_before(tmp_path: Path) -> None:
-    first = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "first")
+    first = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "first")
 
     async def served() -> None:
         coordinator = Coordinator(first)
@@ -48,7 +48,7 @@ def test_what_is_refused_gives_way_to_what_was_there_before(tmp_path: Path) -> N
 def test_a_source_is_served_when_every_endpoint_that_is_alive_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "first"), [100.0]
+    first, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "first"), [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     async def served() -> None:
@@ -68,8 +68,30 @@ def test_a_source_is_served_when_every_endpoint_that_is_alive_has_it(
     asyncio.run(served())
 
 
+def test_a_source_can_be_asked_about_when_every_step_that_is_alive_has_tried_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "first"), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    async def prepared() -> None:
+        coordinator = Coordinator(first)
+        second = await coordinator.publish(replace(first, reader="another"))
+        assert not await coordinator.prepared(second), "nobody has said anything yet"
+        await coordinator.preparing("llm", second.number)
+        await coordinator.preparing("shard", first.number)
+        assert not await coordinator.prepared(second)
+        assert not await coordinator.serves(second), "these are no endpoints"
+        now[0] += module.GONE_S + 1
+        await coordinator.preparing("llm", second.number)
+        assert await coordinator.prepared(second), "the shard is not there any more"
+        assert (await coordinator.source("another")) == second
+
+    asyncio.run(prepared())
+
+
 def test_all_is_closed_when_every_endpoint_that_is_alive_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "first"), [100.0]
+    source, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "first"), [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     async def closed() -> None:

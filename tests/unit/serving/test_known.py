@@ -11,7 +11,7 @@ import numpy as np
 from ctd_scale.artifacts import Run
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.serving.coordinator import Coordinator
-from ctd_scale.serving.known import Known, Preferences, Shared
+from ctd_scale.serving.known import Asked, Known, Preferences, Shared
 from ctd_scale.serving.release import Source
 
 
@@ -41,8 +41,19 @@ def test_what_was_not_asked_for_the_longest_is_forgotten() -> None:
     assert not never.untold
 
 
+def test_whoever_was_asked_about_last_comes_first() -> None:
+    asked = Asked(limit=3)
+    asked.add("u1", [])
+    asked.add(None, ["i1", "i2"])
+    asked.add("u2", [])
+    asked.add("u1", [])
+    assert list(asked.latest_first()) == [{"user_id": "u1"}, {"user_id": "u2"}, {"history": ("i1", "i2")}]
+    asked.add("u3", [])
+    assert list(asked.latest_first()) == [{"user_id": "u3"}, {"user_id": "u1"}, {"user_id": "u2"}]
+
+
 def test_each_hears_what_the_others_said_once() -> None:
-    shared = Shared("models", limit=4)
+    shared = Shared("reader", limit=4)
     assert shared.exchange(said(*"ab"), 0) == (2, {}), "nobody is told what it said itself"
     count, news = shared.exchange(said("c"), 0)
     assert (count, names(news)) == (3, "ab")
@@ -57,8 +68,8 @@ def test_each_hears_what_the_others_said_once() -> None:
     assert names(news) == "cade", "who has heard more knew another process"
 
 
-def test_the_coordinator_shares_what_is_of_the_models_that_are_served(tmp_path: Path) -> None:
-    first = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "first")
+def test_the_coordinator_shares_what_the_llm_said_that_is_served(tmp_path: Path) -> None:
+    first = Source(Run(str(tmp_path), "run"), RunConfig(), "models", "first", "version")
 
     async def shared() -> None:
         coordinator = Coordinator(first)
@@ -66,10 +77,13 @@ def test_the_coordinator_shares_what_is_of_the_models_that_are_served(tmp_path: 
         count, news = await coordinator.share("first", {}, 0)
         assert names(news) == "ab"
         few = validate_config({"serving": {"cached_preferences": 1}}, "test")
-        await coordinator.publish(replace(first, models="second", config=few))
+        await coordinator.publish(replace(first, reader="second", config=few))
         assert await coordinator.share("first", said("c"), count) == (count, {})
         assert await coordinator.share("second", said(*"de"), 0) == (2, {})
         _, news = await coordinator.share("second", {}, 0)
         assert names(news) == "e"
+        await coordinator.publish(replace(first, reader="second", models="with another denoiser", config=few))
+        _, news = await coordinator.share("second", {}, 0)
+        assert names(news) == "e", "the same LLM says the same"
 
     asyncio.run(shared())
