@@ -143,7 +143,8 @@ class TextIndex:
         ids, sums = np.zeros(0, np.int32), np.zeros(0, np.float32)
         if numbers and limit > 0:
             known = np.array(sorted((number, asked[word]) for word, number in numbers.items()), np.int64)
-            asked_of = known[:, 0], known[:, 1].astype(np.float32)
+            # Laid out as where it is compiled: another layout would be compiled anew, while somebody waits.
+            asked_of = np.ascontiguousarray(known[:, 0]), known[:, 1].astype(np.float32)
             ids, sums = best_documents(*asked_of, self._postings, limit + len(self._altered))
         if not self._later:
             return ids[: max(0, limit)]

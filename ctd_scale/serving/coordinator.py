@@ -86,9 +86,11 @@ class Coordinator:
                 return source
         raise ArtifactError(f"version {version} is not served any more")
 
-    async def preparing(self, step: str, number: int) -> None:
-        """Each replica of what the endpoints ask says over and over which source it has loaded its part of."""
+    async def next_after(self, step: str, number: int) -> Source | None:
+        """What a replica that the endpoints ask is to load next, if anything. Each asks over and over, and says of
+        which source it has loaded its part."""
         self._steps[step] = Replica(time.monotonic(), number)
+        return self._sources[-1] if self._sources[-1].number > number else None
 
     async def prepared(self, source: Source) -> bool:
         """Whether all of them can be asked about this source, or have tried in vain."""
@@ -105,11 +107,12 @@ class Coordinator:
         self._closing, self._endpoints = True, _alive(self._endpoints)
         return all(endpoint.done for endpoint in self._endpoints.values())
 
-    async def closing(self, endpoint: str, number: int, done: bool) -> bool:
-        """Whether the endpoints are to close. Each asks over and over, and says what it serves and whether it has
-        closed."""
+    async def follow(self, endpoint: str, number: int, done: bool) -> tuple[int, bool]:
+        """The number of what is to be served, and whether the endpoints are to close. Each asks over and over, and says
+        what it serves and whether it has closed."""
         self._endpoints[endpoint] = Replica(time.monotonic(), number, done)
-        return self._closing
+        await self._look_for_changes()
+        return self._sources[-1].number, self._closing
 
     async def share(self, reader: str, said: Preferences, heard: int) -> tuple[int, Preferences]:
         """What a replica has asked the LLM, for what the others have (see `Shared.exchange`); of the one that is to be

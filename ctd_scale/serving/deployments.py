@@ -85,14 +85,13 @@ class App(Step):
         self._records: list[Record | Probe] = []
         self._asked = Asked(min(config.cached_preferences, MAX_ASKED))
         self._searched: Searched | None = None
-        self._warm, self._in_progress = False, 0
+        self._warm, self._in_progress, self._refused = False, 0, -1
         self.door = Door()
         configure_batches(config, self._ranked)
         self._release = await self._opened(await coordinator.current.remote(None))
         await self._share(self._release)  # a replica that load has called for begins with what the others know
         open_logs(self._release.source.run.root / "logs" / "serving", config.access_log)
         self._following = asyncio.create_task(self._follow())
-        self._closing = asyncio.create_task(self._close_when_told())
         self._sharing = asyncio.create_task(self._keep_sharing())
         if every_s := config.recall_probe_s:
             probing = keep_probing(every_s, self._take_searched, self._compute, self.observe)
@@ -108,26 +107,41 @@ class App(Step):
         return None if row is None else row.values()
 
     async def _follow(self) -> None:
-        """Serve what the coordinator says, as soon as all of it is there. A queue that is full or a process that is
-        away is asked again; what cannot be loaded is not, and the coordinator is told."""
-        refused = 0
+        """Ask the coordinator what is to be served, tell it what is served here, and close the door where it says so.
+        What is to be served is taken up beside that, which may take a while."""
+        me, taking = uuid.uuid4().hex, None
         while True:
             await asyncio.sleep(FOLLOW_S)
-            source = self._release.source
+            empty, served = self.door.closed and not self.door.inside, self._release.source.number
             try:
-                source = await self._coordinator.current.remote(source)
-                if source.number > max(refused, self._release.source.number) and await self._can_be_asked(source):
-                    release = await self._opened(source, self._release)
-                    if source.reader != self._release.source.reader:
-                        await self._warm_up(release)
-                    self._release = release
+                number, self.door.closed = await self._coordinator.follow.remote(me, served, empty)
             except TRANSIENT:
+                continue
+            except Exception:  # whatever it is, this goes on
                 serving_log.exception("still serving version %s", self.version)
-            except Exception as error:
-                serving_log.exception("still serving version %s", self.version)
-                refused = source.number
-                if not source.same_but_for_changes(self._release.source):
-                    self._coordinator.refuse.remote(source, _in_short(error))
+                continue
+            # Below what is served here: the coordinator has come back from a failure, and learns of it.
+            if number not in (served, self._refused) and (taking is None or taking.done()):
+                taking = asyncio.create_task(self._take_up())
+
+    async def _take_up(self) -> None:
+        """Serve what the coordinator says, as soon as all of it is there. A queue that is full or a process that is
+        away is asked again; what cannot be loaded is not, and the coordinator is told."""
+        source = self._release.source
+        try:
+            source = await self._coordinator.current.remote(source)
+            if source.number > self._release.source.number and await self._can_be_asked(source):
+                release = await self._opened(source, self._release)
+                if source.reader != self._release.source.reader:
+                    await self._warm_up(release)
+                self._release = release
+        except TRANSIENT:
+            serving_log.exception("still serving version %s", self.version)
+        except Exception as error:
+            serving_log.exception("still serving version %s", self.version)
+            self._refused = source.number
+            if not source.same_but_for_changes(self._release.source):
+                self._coordinator.refuse.remote(source, _in_short(error))
 
     async def _can_be_asked(self, source: Source) -> bool:
         """Whether the LLM and the shards have this source; what they do not tell apart, they have."""

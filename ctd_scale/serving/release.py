@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 from jaxtyping import Int32
 from numpy import ndarray
 
@@ -127,6 +128,12 @@ def open_release(source: Source, before: Release | None = None, ask: AskOf | Non
     return release
 
 
+def _warm_up(rank: RankStep) -> None:
+    """Once through all steps, whatever they answer: what is compiled or allocated at first, nobody should wait for."""
+    preference, history = np.ones((1, rank.retrieve.retriever.vectors.shape[1]), np.float32), np.zeros(1, np.int32)
+    rank(preference, [history], [""], [history[:0]], 1)
+
+
 def _opened(source: Source, before: Release | None, ask: AskOf | None) -> Release:
     changes = read_changes(source.run, source.changes)
     if before is not None and before.source.same_but_for_changes(source) and before.base.built == changes.built:
@@ -142,5 +149,6 @@ def _opened(source: Source, before: Release | None, ask: AskOf | None) -> Releas
     log = InteractionLog.load(artifacts["interactions"].path, live.catalogue)
     directory = Directory(log, live.catalogue, live.places)
     rank = load_tuned(artifacts, source.config, None if source.tuned is None else source.tuned.settings, live)
+    _warm_up(rank)
     known = before.known if before is not None and before.source.reader == source.reader else Known()
     return Release(source, base, live.catalogue, directory, rank, live.read_as, known)

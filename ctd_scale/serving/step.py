@@ -22,8 +22,8 @@ from ctd_scale.serving.release import Source, serving_log
 
 # What is served, and what was before: a request that began with the latter ends with it.
 KEPT_VERSIONS = 2
-# How soon a replica learns of another version.
-FOLLOW_S = 0.25
+# How soon an endpoint learns of another version, and what it asks about them.
+FOLLOW_S, PREPARE_S = 0.25, 1.0
 # What passes: nobody is there to answer just now, or all are busy.
 TRANSIENT = (BackPressureError, asyncio.TimeoutError, *UNAVAILABLE)
 
@@ -53,33 +53,26 @@ class PreparedStep(Step):
         source: Source = await coordinator.current.remote(None)
         await load(source)
         self._prepared_for = source.number
-        self._preparing = asyncio.create_task(self._prepare(load))
-        self._telling = asyncio.create_task(self._tell(uuid.uuid4().hex))
+        self._following = asyncio.create_task(self._follow(load))
 
-    async def _prepare(self, load: Callable[[Source], Awaitable[object]]) -> None:
+    async def _follow(self, load: Callable[[Source], Awaitable[object]]) -> None:
+        me, preparing = uuid.uuid4().hex, None
         while True:
-            await asyncio.sleep(FOLLOW_S)
+            await asyncio.sleep(PREPARE_S)
             with suppress(*TRANSIENT):
-                source = await self._coordinator.current.remote(None)
-                if source.number > self._prepared_for:
-                    await self._try(load, source)
-                    self._prepared_for = source.number
+                source = await self._coordinator.next_after.remote(me, self._prepared_for)
+                if source is not None and (preparing is None or preparing.done()):
+                    preparing = asyncio.create_task(self._prepare(source, load))
 
-    @staticmethod
-    async def _try(load: Callable[[Source], Awaitable[object]], source: Source) -> None:
-        """What cannot be loaded is given up: whoever asks for it is told why."""
+    async def _prepare(self, source: Source, load: Callable[[Source], Awaitable[object]]) -> None:
+        """Load it; what cannot be loaded is given up, and whoever asks for it is told why."""
         try:
             await load(source)
         except TRANSIENT:
-            raise
+            return  # it is tried again
         except Exception:
             serving_log.debug("%s", source.version, exc_info=True)
-
-    async def _tell(self, me: str) -> None:
-        while True:
-            await asyncio.sleep(FOLLOW_S)
-            with suppress(*TRANSIENT):
-                await self._coordinator.preparing.remote(me, self._prepared_for)
+        self._prepared_for = source.number
 
 
 class Versions(Generic[Version, Loaded]):

@@ -15,6 +15,13 @@ from ctd_scale.serving.coordinator import Coordinator
 from ctd_scale.serving.release import Source
 
 
+def coordinates(source: Source) -> Coordinator:
+    """Over a run that is not there, whose changes are not looked for."""
+    coordinator = Coordinator(source)
+    coordinator._look_again = float("inf")
+    return coordinator
+
+
 def test_what_is_refused_gives_way_to_what_was_there_before(tmp_path: Path) -> None:
     first = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "first")
 
@@ -52,17 +59,17 @@ def test_a_source_is_served_when_every_endpoint_that_is_alive_has_it(
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     async def served() -> None:
-        coordinator = Coordinator(first)
+        coordinator = coordinates(first)
         second = await coordinator.publish(replace(first, config=RunConfig(seed=9)))
         assert not await coordinator.serves(second), "nobody has said anything yet"
-        await coordinator.closing("a", second.number, False)
-        await coordinator.closing("b", first.number, False)
+        await coordinator.follow("a", second.number, False)
+        await coordinator.follow("b", first.number, False)
         assert not await coordinator.serves(second)
-        await coordinator.closing("b", second.number + 1, False)
+        await coordinator.follow("b", second.number + 1, False)
         assert await coordinator.serves(second)
-        await coordinator.closing("c", first.number, False)
+        await coordinator.follow("c", first.number, False)
         now[0] += module.GONE_S + 1
-        await coordinator.closing("a", second.number, False)
+        await coordinator.follow("a", second.number, False)
         assert await coordinator.serves(second), "c is not there any more"
 
     asyncio.run(served())
@@ -78,12 +85,12 @@ def test_a_source_can_be_asked_about_when_every_step_that_is_alive_has_tried_it(
         coordinator = Coordinator(first)
         second = await coordinator.publish(replace(first, reader="another"))
         assert not await coordinator.prepared(second), "nobody has said anything yet"
-        await coordinator.preparing("llm", second.number)
-        await coordinator.preparing("shard", first.number)
+        assert await coordinator.next_after("llm", second.number) is None
+        assert await coordinator.next_after("shard", first.number) == second
         assert not await coordinator.prepared(second)
         assert not await coordinator.serves(second), "these are no endpoints"
         now[0] += module.GONE_S + 1
-        await coordinator.preparing("llm", second.number)
+        await coordinator.next_after("llm", second.number)
         assert await coordinator.prepared(second), "the shard is not there any more"
         assert (await coordinator.source("another")) == second
 
@@ -95,15 +102,15 @@ def test_all_is_closed_when_every_endpoint_that_is_alive_is(tmp_path: Path, monk
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     async def closed() -> None:
-        coordinator = Coordinator(source)
-        assert not await coordinator.closing("a", 0, False)
-        assert not await coordinator.closing("b", 0, False)
+        coordinator = coordinates(source)
+        assert await coordinator.follow("a", 0, False) == (0, False)
+        assert await coordinator.follow("b", 0, False) == (0, False)
         assert not await coordinator.close()
-        assert await coordinator.closing("a", 0, False)
-        assert await coordinator.closing("a", 0, True)
+        assert await coordinator.follow("a", 0, False) == (0, True)
+        assert await coordinator.follow("a", 0, True) == (0, True)
         assert not await coordinator.close(), "b may still answer somebody"
         now[0] += module.GONE_S + 1
-        assert await coordinator.closing("a", 0, True)
+        assert await coordinator.follow("a", 0, True) == (0, True)
         assert await coordinator.close(), "b is not there any more"
 
     asyncio.run(closed())

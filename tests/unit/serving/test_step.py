@@ -74,7 +74,7 @@ class Loads(PreparedStep):
 
 
 def test_a_step_loads_what_is_served_next_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FOLLOW_S", 0.001)
+    monkeypatch.setattr(module, "PREPARE_S", 0.001)
     first = Source(Run(str(tmp_path), "run"), RunConfig(), "models", "reader", "first")
 
     async def prepared(coordinator: Coordinator, source: Source) -> None:
@@ -83,7 +83,6 @@ def test_a_step_loads_what_is_served_next_by_itself(tmp_path: Path, monkeypatch:
 
     async def followed() -> None:
         coordinator, step = Coordinator(first), Loads()
-        monkeypatch.setattr(coordinator, "_look_again", float("inf"))  # the run is not there
         await step.start(Remote(coordinator))
         for version, tried in (("second", 2), ("damaged", 1)):
             source = await coordinator.publish(replace(first, version=version))
