@@ -43,12 +43,14 @@ class Changes:
     table: pa.Table
     digest: str
     built: int = 0
+    said: str = "as the run was made"
 
     @property
     def summary(self) -> str:
-        """How many items it says something of."""
+        """What it was made for, and how many items it says something of in all."""
         deleted = pc.sum(self.table["deleted"]).as_py() or 0
-        return f"version {self.number}: {len(self.table) - deleted:,} put in or altered, {deleted:,} taken out"
+        in_all = f"{len(self.table) - deleted:,} put in or altered, {deleted:,} taken out since the run was made"
+        return f"version {self.number}: {self.said}; {in_all}"
 
 
 NO_CHANGES = Changes(0, SCHEMA.empty_table(), "")
@@ -76,7 +78,8 @@ def read_changes(run: Run, number: int | None = None) -> Changes:
     if number == 0:
         return NO_CHANGES
     artifact = fetch_version(run, number)
-    return Changes(number, read_table(artifact.path / ITEMS), artifact.digest, int(artifact.manifest["facts"]["built"]))
+    facts = artifact.manifest["facts"]
+    return Changes(number, read_table(artifact.path / ITEMS), artifact.digest, int(facts["built"]), facts["said"])
 
 
 def fetch_version(run: Run, number: int) -> Artifact:
@@ -117,7 +120,8 @@ def read_whole_items(run: Run, pattern: str, config: InteractionsConfig) -> pa.T
     attributes = {f"{ATTRIBUTE}{name}": name for name in config.attribute_columns}
     names = {"item": config.item_column, "title": config.title_column, "category": config.category_column}
     source = RawSource((), tuple(expand(pattern, "--items")), attributes=attributes, **names)
-    require_item_columns(source, categories=bool(pc.any(pc.not_equal(category, "")).as_py()))
+    categories = bool(pc.any(pc.not_equal(category, "")).as_py())
+    require_item_columns(source, categories=categories, instead="add it, the catalogue of the run has it")
     return read_items(pattern, config)
 
 

@@ -72,14 +72,14 @@ def run_command(
 @app.command()
 def quickstart(
     storage: StorageOption = "runs",
-    name: NameOption = "quickstart",
+    name: NameOption = "",
     config: ConfigOption = "quickstart",
     data_dir: DataDirOption = None,
     overrides: SetOption = None,
 ) -> None:
     """The whole chain on MovieLens-100k, and what it recommends to three users."""
     settings = configured(config, overrides, None, data_dir, None, None)
-    run = Run(storage, name)
+    run = Run(storage, name or "quickstart")
     _run_all(run, settings)
     show_examples(run, users=3)
 
@@ -204,10 +204,12 @@ def recommend(
     """Recommend for a known user, or after a history."""
     from ctd_scale.baseline_recommender import BaselineRecommender
     from ctd_scale.recommender import Recommender
-    from ctd_scale.serving.schema import Directory, read_range, response_object
+    from ctd_scale.serving.schema import Directory, read_ranges, response_object
 
     if k < 1:
         raise ValueError(f"--k {k}: expected at least 1")
+    if (user is None) == (history is None):
+        raise ValueError("give exactly one of --user and --history")
     if model and explain:
         raise ValueError(f"--explain needs the chain; {model} says nothing")
     recommender = BaselineRecommender(Run.open(run), model) if model else Recommender(Run.open(run))
@@ -220,7 +222,7 @@ def recommend(
             categories=category or None,
             exclude_categories=exclude_category or (),
             only_items=only_item or None,
-            ranges=dict(map(read_range, within or ())),
+            ranges=read_ranges(within or ()),
         )
     ]
     if isinstance(recommender, BaselineRecommender):
@@ -234,6 +236,8 @@ def recommend(
         return
     if response["text"]:
         console.print(response["text"], style="italic", highlight=False, markup=False)
+    if not response["items"]:
+        console.print("nothing is left to recommend: all items are excluded", style="yellow", highlight=False)
     for place, item in enumerate(response["items"], start=1):
         console.print(
             f"{place:3}. {item['title']}  [{item['item_id']}]  {item['score']:.4f}", highlight=False, markup=False
@@ -281,7 +285,7 @@ def serve(
 @app.command()
 def data(
     storage: StorageOption = "runs",
-    name: NameOption = "data",
+    name: NameOption = "",
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     interactions: InteractionsOption = None,
@@ -294,7 +298,7 @@ def data(
     if dataset is None and interactions is None and items is None:
         dataset = "ml-100k"
     settings = configured(None, overrides, dataset, data_dir, interactions, items)
-    run = Run(storage, name)
+    run = Run(storage, name or "data")
     run_stage(stage_named("prepare_interactions"), run, settings)
     if run.exists("run.toml"):  # the other stages' settings stay what they are
         settings = run.read_config().model_copy(update={"interactions": settings.interactions})
@@ -313,7 +317,7 @@ def _run_all(run: Run, settings: RunConfig) -> None:
         print_report(report)
     for name in ("run.toml", "metrics/", "models/", "embeddings/", "tokens/", "index/", "logs/"):
         console.print(f"  {run.url}/{name}", highlight=False)
-    console.print(f"serve it:  ctd serve --run {run.url}", highlight=False)
+    console.print(f"serve it:  ctd serve --run {shlex.quote(run.url)}", highlight=False, soft_wrap=True)
 
 
 def show_examples(run: Run, users: int) -> None:

@@ -58,7 +58,8 @@ def quality(
         rows = as_json(compare(dataset, names, range(seeds), storage, chosen, reference))
         show(rows)
         said = (f" --reference {reference}" if reference else "") + _said(overrides)
-        command = f"ctd bench quality --data {Path(dataset).name} --models {','.join(names)} --seeds {seeds}{said}"
+        name = shlex.quote(Path(dataset).name)
+        command = f"ctd bench quality --data {name} --models {','.join(names)} --seeds {seeds}{said}"
         write_quality(rows, out, command)
     console.print(f"written: {out}", highlight=False)
 
@@ -86,11 +87,8 @@ def ablation(
     names = _listed(models)
     rows = as_json(ablate(data, parts, names, range(seeds), storage, chosen))
     show(rows)
-    said = _said(overrides)
-    command = (
-        f"ctd bench ablation --data {Path(data).name} --without {','.join(parts)} --models {','.join(names)} "
-        f"--seeds {seeds}{said}"
-    )
+    about = f"--data {shlex.quote(Path(data).name)} --without {','.join(parts)} --models {','.join(names)}"
+    command = f"ctd bench ablation {about} --seeds {seeds}{_said(overrides)}"
     write_quality(rows, out, command, "Ablations")
     console.print(f"written: {out}", highlight=False)
 

@@ -75,6 +75,15 @@ class InteractionsConfig(Section):
     max_title_chars: Positive = 512
 
     @model_validator(mode="after")
+    def _one_source(self) -> InteractionsConfig:
+        if self.dataset != "files" and (self.interactions or self.items):
+            raise ValueError(
+                f"interactions.dataset={self.dataset!r} is a ready-made set, and interactions.interactions and "
+                "interactions.items are not read beside it; leave these out, or set interactions.dataset='files'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _attributes_have_names_of_their_own(self) -> InteractionsConfig:
         names = self.attribute_columns
         taken = [name for name in names if name in ("", "item_id", "title", "category") or names.count(name) > 1]
@@ -274,7 +283,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """The whole pipeline."""
 
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     interactions: InteractionsConfig = InteractionsConfig()
     graph: GraphConfig = GraphConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -20,7 +20,7 @@ HOW_IT_WORKS = "how it works"
 class Section(BaseModel):
     """Base of every section: frozen, strict types, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
     def shaping(cls) -> list[str]:

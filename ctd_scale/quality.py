@@ -282,7 +282,7 @@ def row_of(
         split=split,
         seeds=seeds,
         mean={key: _known(np.mean, values) for key, values in table.items()},
-        spread={key: _known(np.std, values) for key, values in table.items()},
+        spread={key: _known(_deviation, values) for key, values in table.items()},
         training_seconds=mean_of([each.training_seconds for each in own]),
         peak_memory_mb=mean_of([each.peak_memory_mb for each in own]),
         ids=own[0].ids,
@@ -290,6 +290,11 @@ def row_of(
         difference=float(differences.mean()),
         interval=bootstrap_interval(differences),
     )
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """That of what the seeds are a sample of; 0 where there is but one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def _known(statistic: Callable[..., Any], values: Sequence[float | None]) -> float | None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.table import Table
 
@@ -71,21 +72,22 @@ def write_quality(rows: Sequence[dict[str, Any]], target: Path, command: str, ti
     together = merged(file, rows, command)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(together, indent=1) + "\n")
-    write_text(target, markdown(together, target.with_suffix(".png").name, title))
-    draw(together, target.with_suffix(".png"))
+    picture = target.with_suffix(".png")
+    drawn = draw(together, picture)
+    write_text(target, markdown(together, picture.name if drawn else "", title))
 
 
 def markdown(rows: Sequence[dict[str, Any]], picture: str, title: str = "Quality") -> str:
     """One section a set and protocol; test first, then what validation said."""
-    lines = [f"# {title}", "", f"![NDCG@10 on test]({picture})", ""]
+    lines = [f"# {title}", "", *([f"![NDCG@10 on test]({quote(picture)})", ""] if picture else [])]
     for protocol, chosen in _grouped(rows).items():
         first = chosen[0]
         lines += [
             f"## {protocol}",
             "",
             f"{first['users']:,} test users, {first['items']:,} items, all of them ranked; what is "
-            "chosen at all is chosen on validation. ± is the standard deviation over the seeds. The last column is "
-            "NDCG@10 minus that of the model it names, with its 95 % interval (paired bootstrap over users).",
+            "chosen at all is chosen on validation. ± is the standard deviation over the seeds (by n - 1). The last "
+            "column is NDCG@10 minus that of the model it names, with its 95 % interval (paired bootstrap over users).",
             "",
         ]
         for split in reversed(SPLITS):
@@ -127,13 +129,13 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             console.print(table)
 
 
-def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """NDCG@10 on test, one panel a set and protocol, with the spread over seeds."""
+def draw(rows: Sequence[dict[str, Any]], file: Path) -> bool:
+    """NDCG@10 on test, one panel a set and protocol, with the spread over seeds; whether that can be done here."""
     try:
         import matplotlib
     except ImportError:
         console.print("no picture: pip install 'ctd-scale[bench]' brings matplotlib", style="yellow", markup=False)
-        return
+        return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -150,6 +152,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+    return True
 
 
 def _grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

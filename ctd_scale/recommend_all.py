@@ -58,6 +58,8 @@ def recommend_all(run: Run, out: str, order: Order) -> int:
     users = InteractionLog.load(run.fetch("interactions").path).num_users
     asked = {"version": version, **asdict(order), "users": users, "users_per_part": PART_USERS}
     filesystem, root = fsspec.url_to_fs(out)
+    if filesystem.isfile(root):
+        raise ValueError(f"{out} is a file, expected a folder for the parts")
     filesystem.makedirs(root, exist_ok=True)
     if filesystem.exists(f"{root}/{ORDER}"):
         _require_same(out, asked, json.loads(filesystem.cat_file(f"{root}/{ORDER}")))

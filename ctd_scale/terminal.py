@@ -16,7 +16,8 @@ from types import FrameType
 from rich.console import Console
 
 # Redirected output gets a width in which the tables fit.
-console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
+# A title may hold what looks like the name of an emoji.
+console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120, emoji=False)
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 INTERRUPTION = "interrupted; what is finished stays, and the same command goes on from there"

@@ -102,6 +102,8 @@ def search(
     if not ranges:
         raise ConfigError("nothing to search: give --range stage.key=low..high or stage.key=a,b,c, once or more")
     space = dict(map(read_range, ranges))
+    if len(space) < len(ranges):
+        raise ConfigError(f"--range {' '.join(ranges)}: a setting has two ranges; give one with both ends")
     settings = load_config(config, overrides)
     if stages[0].name == "train_history" and not settings.history.num_blocks and "history.num_blocks" not in space:
         raise ConfigError("history.num_blocks=0, so nothing is trained that could be tuned; --set history.num_blocks=2")

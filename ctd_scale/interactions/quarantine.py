@@ -78,20 +78,22 @@ class Quarantine:
 
 
 def refuse_too_many(refused: Refused, total: int, paths: Sequence[str], max_bad_fraction: float, kept_at: Path) -> None:
-    """Raise BadInputError where more than this share of the rows is bad; `kept_at` is where they lie."""
+    """Raise BadInputError where more than this share of the rows is bad, or all are; `kept_at` is where they lie."""
     bad = refused.reasons.total()
-    if bad / total <= max_bad_fraction:
+    if bad / total <= max_bad_fraction and bad < total:
         return
+    allowed = f", interactions.max_bad_fraction={max_bad_fraction} allows {int(max_bad_fraction * total + 1e-6):,}"
     lines = [
-        f"{list_paths(paths)}: {bad:,} of {total:,} rows ({bad / total:.2%}) cannot be used, "
-        f"interactions.max_bad_fraction={max_bad_fraction} allows {int(max_bad_fraction * total + 1e-6):,}",
+        f"{list_paths(paths)}: {bad:,} of {total:,} rows ({bad / total:.2%}) cannot be used"
+        + (allowed if max_bad_fraction < 1 else ""),
         f"  {list_reasons(dict(refused.reasons.most_common()))}",
     ]
     for row in refused.first:
         known = [f"{name}={row[name]!r:.60}" for name in ("user_id", "item_id", "time") if row[name] is not None]
         lines.append(f"  {row['file']}:{row['row']} {row['reason']} {' '.join(known)}".rstrip())
     lines.append(f"  all of them: {kept_at}")
-    lines.append("  repair the rows, or leave them out by raising interactions.max_bad_fraction")
+    instead = ", or leave them out by raising interactions.max_bad_fraction" if bad < total else ""
+    lines.append(f"  repair the rows{instead}")
     raise BadInputError("\n".join(lines))
 
 

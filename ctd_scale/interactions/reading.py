@@ -88,6 +88,12 @@ def columns_of(path: str) -> list[str]:
         columns = text_columns(file, kind)
     if not columns and kind == "jsonl":
         raise BadInputError(f"{path}: none of its first lines is a JSON object; write one object per line")
+    if kind == "csv" and (not columns or (len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"))):
+        raise BadInputError(
+            f"{path}: its first line is no header with commas between the columns; write commas (or tabs, as .tsv)"
+        )
+    if any("\r" in name for name in columns):
+        raise BadInputError(f"{path}: its lines end in CR alone; convert it: tr '\\r' '\\n' < FILE > NEW")
     return columns
 
 

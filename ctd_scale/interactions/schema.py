@@ -118,7 +118,8 @@ def clean_titles(items: pa.Table, max_chars: int) -> tuple[pa.Table, int, int]:
 
 
 def as_text(values: pa.Array) -> pa.Array:
-    """Any column as text: the numbers 5, 5.0 and the decimal 5.00 are "5"; empty text, NaN and invalid UTF-8 are null.
+    """Any column as text: the numbers 5, 5.0 and the decimal 5.00 are "5", a UUID is as it is usually written, a list
+    its texts, one after the other; empty text, NaN and invalid UTF-8 are null.
 
     Nothing is stripped. Raises BadInputError for nested types other than lists of text.
     """
@@ -128,10 +129,15 @@ def as_text(values: pa.Array) -> pa.Array:
         return _float_text(values.cast(pa.float64()))
     if pa.types.is_decimal(values.type):
         return _decimal_text(values)
+    if values.type == pa.uuid():
+        values = pa.array([None if each is None else str(each) for each in values.to_pylist()], pa.string())
+    is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
     try:
-        if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-            values = pc.binary_join(values.cast(pa.list_(pa.string())), " ")
+        if is_list and not pa.types.is_nested(values.type.value_type):
+            values = _joined(values.cast(pa.list_(pa.string())))
         # By way of binary: only that cast looks at the bytes, a Parquet file may call anything a string.
+        if pa.types.is_fixed_size_binary(values.type):
+            values = values.cast(pa.binary())
         if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
             values = values.cast(pa.string()).cast(pa.binary())
         text = cast_or_null(values, pa.string())
@@ -203,8 +209,20 @@ def _bounded(seconds: pa.Array) -> pa.Array:
     return pc.if_else(inside, seconds, None)
 
 
+def _joined(lists: pa.ListArray) -> pa.Array:
+    """The texts of each list, one after the other; those that are missing are left out."""
+    words = lists.flatten()
+    if words.null_count:
+        ends = np.cumsum([0, *pc.fill_null(pc.list_value_length(lists), 0).to_numpy()])
+        kept = np.cumsum([0, *words.is_valid().to_numpy(zero_copy_only=False)])
+        lists = pa.ListArray.from_arrays(pa.array(kept[ends], pa.int32()), words.drop_null(), mask=lists.is_null())
+    return pc.binary_join(lists, " ")
+
+
 def _decimal_text(values: pa.Array) -> pa.Array:
     text = values.cast(pa.string())
+    if pc.any(pc.match_substring(text, "E")).as_py():  # such as 0E-18
+        text = pa.array([None if each is None else f"{each:f}" for each in values.to_pylist()], pa.string())
     fraction = pc.match_substring(text, ".")
     return pc.if_else(fraction, pc.utf8_rtrim(pc.utf8_rtrim(text, "0"), "."), text)
 

@@ -89,17 +89,18 @@ def resolve_columns(source: RawSource) -> dict[str, str]:
     }
 
 
-def require_item_columns(source: RawSource, *, categories: bool) -> None:
-    """Raises BadInputError naming the column that a file of the catalogue lacks, or has twice."""
+def require_item_columns(source: RawSource, *, categories: bool, instead: str = "") -> None:
+    """Raises BadInputError naming the column that a file of the catalogue lacks, or has twice, and what to do
+    `instead`, where that is not to name another column."""
     for path in source.items:
         present = columns_of(path)
-        _require_column(path, present, source.item, "item_column")
-        _require_column(path, present, source.title, "title_column")
+        _require_column(path, present, source.item, "item_column", instead)
+        _require_column(path, present, source.title, "title_column", instead)
         if categories:
-            _require_column(path, present, source.category, "category_column")
+            _require_column(path, present, source.category, "category_column", instead)
         _require_once(path, present, source.category)
         for column in source.attributes.values():
-            _require_column(path, present, column, "attribute_columns")
+            _require_column(path, present, column, "attribute_columns", instead)
 
 
 def _require_once(path: str, present: Sequence[str], column: str) -> None:
@@ -107,13 +108,11 @@ def _require_once(path: str, present: Sequence[str], column: str) -> None:
         raise BadInputError(f"{path} has {present.count(column)} columns {column!r}; rename all but one of them")
 
 
-def _require_column(path: str, present: Sequence[str], column: str, key: str) -> None:
+def _require_column(path: str, present: Sequence[str], column: str, key: str, instead: str = "") -> None:
     _require_once(path, present, column)
     if column not in present:
-        raise BadInputError(
-            f"{path} has no column {column!r}; its columns: {_names(present)}; "
-            f"set interactions.{key} to the one that is meant"
-        )
+        advice = instead or f"set interactions.{key} to the one that is meant"
+        raise BadInputError(f"{path} has no column {column!r}; its columns: {_names(present)}; {advice}")
 
 
 def _own_files(config: InteractionsConfig) -> RawSource:

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 # A quoted field may hold line breaks; one that is still open after this many lines was never meant as one.
 MAX_RECORD_LINES = 100
-HEAD_LINES = 100
+# Of a JSONL file, whose columns are named on every line that has them.
+HEAD_LINES = 10_000
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses a field above 128 KiB
 
 

@@ -41,10 +41,10 @@ RETRY = {"Retry-After": "1"}
 MAX_PROBLEMS = 3
 STATUSES = {
     400: "the body is not JSON",
-    404: "unknown user or item",
+    404: "unknown user, or unknown item in the path",
     408: "the body did not arrive in time",
     413: "the body is too large",
-    422: "a field is wrong",
+    422: "a field is wrong, or names an unknown item",
     429: "too many requests wait",
     503: "no replica is there, or the server is ending",
     504: "no answer in time",

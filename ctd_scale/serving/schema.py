@@ -305,6 +305,17 @@ def read_range(text: str) -> tuple[str, Range]:
     return name, wanted
 
 
+def read_ranges(texts: Sequence[str]) -> dict[str, Range]:
+    """Ranges by name. Raises RequestError as `read_range` does, or where a name comes twice."""
+    found: dict[str, Range] = {}
+    for text in texts:
+        name, wanted = read_range(text)
+        if name in found:
+            raise RequestError(f"--range {text}: {name} has a range already; give one with both ends")
+        found[name] = wanted
+    return found
+
+
 def _looked_up(names: Sequence[str], index: Mapping[str, int], field: str, what: str) -> Int32[ndarray, "names"]:
     unknown = list(dict.fromkeys(name for name in names if name not in index))
     if unknown:

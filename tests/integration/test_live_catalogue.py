@@ -269,8 +269,8 @@ def test_by_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ctd("rollback", *where)
     ctd("versions", *where)
     out = capsys.readouterr().out
-    assert "version 1: 2 put in or altered, 0 taken out" in out
-    assert "version 2: 1 put in or altered, 2 taken out" in out
+    assert "version 1: put in or altered 2 items; 2 put in or altered, 0 taken out since the run was made" in out
+    assert "version 2: took out 2 items; 1 put in or altered, 2 taken out since the run was made" in out
     assert "*    2  from    1  took out 2 items" in out
     assert "     3  from    2  built the index anew" in out
     assert json.loads((run.root / CURRENT).read_text()) == {"version": 2, "latest": 3}

@@ -57,6 +57,14 @@ def test_errors_of_the_system_are_messages(tmp_path: Path, capsys: pytest.Captur
         ("bench serve --run run --json gone/load.json", "--json gone/load.json: expected the name of a file"),
         ("bench latency --run run --json folder.md", "--json folder.md: expected the name of a file"),
         ("run -c debug --storage ", "the storage of runs is empty"),
+        ("run -c debug --name ../beside", "--name ../beside: expected a name without a slash"),
+        ("data --name .", "--name .: expected a name without a slash"),
+        ("data --dataset lastfm --interactions x.csv", "--dataset lastfm is a ready-made set; leave it out"),
+        ("run -c debug --set interactions.items=x.csv", "interactions.dataset='ml-100k' is a ready-made set"),
+        ("run -c debug --set seed=99999999999999999999", "seed: Input should be less than 9223372036854775808"),
+        ("run -c debug --set graph.learning_rate=inf", "graph.learning_rate: Input should be a finite number"),
+        ("tune graph -c debug --range graph.l2=0,1 --range graph.l2=2,3", "graph.l2=2,3: a setting has two ranges"),
+        ("recommend --run run --user 1 --history 2", "exactly one of --user and --history"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(

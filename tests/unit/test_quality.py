@@ -89,7 +89,10 @@ def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(tmp_path: Path) 
     assert text.index("| bsarec |") < text.index("| sasrec |"), "the best comes first"
     assert "sasrec +0.0200 [-0.0100, +0.0200]" in text
     assert "`tiger`: 4 symbols an item, 812 of them new to the vocabulary; without the trie 25 %" in text
-    assert text == markdown(stored, "quality.png")
+    drawn = target.with_suffix(".png").exists()
+    assert text == markdown(stored, "quality.png" if drawn else ""), "no link to what is not there"
+    assert ("![" in text) == drawn
+    assert "(a%20b.png)" in markdown(stored, "a b.png")
 
 
 def test_rows_of_other_users_are_another_table(tmp_path: Path) -> None:

@@ -124,6 +124,13 @@ def test_empty_and_damaged_files_are_refused(tmp_path: Path) -> None:
     wide.write_text("user_id,item_id\n1,2\n", encoding="utf-16")
     with pytest.raises(BadInputError, match=r"/wide\.csv is in UTF-16, expected UTF-8; convert it: iconv"):
         columns_of(str(wide))
+    for text in ('"user_id";"item_id"\n"1";"2"\n', "user_id;item_id\n1;2\n", "user_id\titem_id\n1\t2\n"):
+        wide.write_text(text)
+        with pytest.raises(BadInputError, match=r"/wide\.csv: its first line is no header with commas between"):
+            columns_of(str(wide))
+    wide.write_bytes(b"user_id,item_id\r1,2\r")
+    with pytest.raises(BadInputError, match=r"/wide\.csv: its lines end in CR alone"):
+        columns_of(str(wide))
     packed = write_gzip(tmp_path / "log")
     packed.write_bytes(packed.read_bytes()[:-12])
     with pytest.raises(BadInputError, match=r"/log\.csv\.gz cannot be read: "):
@@ -144,6 +151,12 @@ def test_a_flipped_bit_in_checksummed_parquet_is_seen(tmp_path: Path) -> None:
 def test_columns_of_each_format(tmp_path: Path) -> None:
     for write in (write_parquet, write_csv, write_jsonl, write_gzip):
         assert columns_of(str(write(tmp_path / "log"))) == TABLE.column_names
+
+
+def test_a_column_that_few_lines_have_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"user_id": 1}\n' * 5_000 + '{"user_id": 1, "price": 2}\n')
+    assert columns_of(str(path)) == ["user_id", "price"]
 
 
 def test_a_missing_optional_column_is_null(tmp_path: Path) -> None:

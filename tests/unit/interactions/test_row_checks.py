@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import date, datetime, timezone
 from decimal import Decimal
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -138,11 +139,15 @@ def test_times_beyond_int64_and_nan_are_null() -> None:
         (pa.array([float("inf")]), ["inf"]),
         (pa.array([Decimal("34.00"), Decimal("5.10"), None, Decimal("100.00")]), ["34", "5.1", None, "100"]),
         (pa.array([Decimal("100")]), ["100"]),
+        (pa.array([Decimal("0"), Decimal("1.5E-10"), None], pa.decimal128(38, 18)), ["0", "0.00000000015", None]),
         (pa.array(["5.0", "", " x ", None]), ["5.0", None, " x ", None]),
         (pa.array([b"ok", b"\xff"], pa.binary()), ["ok", None]),
         (pa.array([b"ok", b"\xff"], pa.large_binary()), ["ok", None]),
+        (pa.array([b"ab", b"\xff\xff", None], pa.binary(2)), ["ab", None, None]),
+        (pa.array([UUID(int=10).bytes, None], pa.uuid()), ["00000000-0000-0000-0000-00000000000a", None]),
         (pa.array(["é"], pa.large_string()), ["é"]),
         (pa.array([["Drama", "War"], None]), ["Drama War", None]),
+        (pa.array([["x"], ["Drama", None, "War"], None, [], [None]])[1:], ["Drama War", None, None, None]),
         (pa.nulls(2), [None, None]),
         (pa.array(["x", None]).dictionary_encode(), ["x", None]),
         (pa.array([True]), ["true"]),
@@ -161,6 +166,8 @@ def test_invalid_utf8_in_a_string_column_is_null() -> None:
 def test_nested_columns_are_refused() -> None:
     with pytest.raises(BadInputError, match=r"struct<a: int64> is neither text, number nor time"):
         as_text(pa.array([{"a": 1}]))
+    with pytest.raises(BadInputError, match=r"list<.*struct<a: int64>> is neither text, number nor time"):
+        as_text(pa.array([], pa.list_(pa.struct([("a", pa.int64())]))))
 
 
 def item_batch(*rows: tuple[str | None, str | None, str | None]) -> pa.RecordBatch:

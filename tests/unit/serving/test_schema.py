@@ -23,6 +23,7 @@ from ctd_scale.serving.schema import (
     UnknownItemError,
     UnknownUserError,
     read_range,
+    read_ranges,
     response_object,
 )
 
@@ -232,6 +233,9 @@ def test_a_range_is_read_from_a_word() -> None:
     for wrong in ("price", "price=5", "=5:6", "price=a:6", "price=nan:", "price=1:2:3"):
         with pytest.raises(RequestError, match=f"--range {wrong}: expected NAME=MIN:MAX"):
             read_range(wrong)
+    assert list(read_ranges(["price=5:", "year=:9"])) == ["price", "year"]
+    with pytest.raises(RequestError, match="--range price=1:2: price has a range already"):
+        read_ranges(["price=5:20", "price=1:2"])
 
 
 def test_an_item_by_its_id(sorted_directory: Directory) -> None:
