@@ -34,6 +34,7 @@ from ctd_scale.retrieval.hybrid import HybridRetriever
 ARTIFACTS = ("interactions", "tokens", "models/llm", "models/diffusion", "index", "ranking")
 READ_FOR_PREFERENCE = ("interactions", "tokens", "models/llm")
 READ_BEHIND = ("interactions", "models/diffusion", "index", "ranking")  # the preference
+READ_TO_SEARCH = ("interactions", "index")
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,11 @@ def reader_of(artifacts: Mapping[str, Artifact], config: RunConfig) -> str:
     Versions that share it say the same of a history."""
     digests = {name: artifacts[name].digest for name in READ_FOR_PREFERENCE}
     return _identity({**digests, "llm": config.llm.model_dump_json()})
+
+
+def searched_of(artifacts: Mapping[str, Artifact]) -> str:
+    """Identity of the catalogue and of the index that searches it, as the run was made: 12 hex digits over both."""
+    return _identity({name: artifacts[name].digest for name in READ_TO_SEARCH})
 
 
 def _identity(parts: Mapping[str, str]) -> str:

@@ -80,9 +80,9 @@ class Coordinator:
             self._sources = [replace(self._before, number=refused.number + 1, instead_of=why)]
 
     async def source(self, version: str) -> Source:
-        """Where the models of a version lie, or a reader. Raises ArtifactError where they are served no more."""
+        """Where a reader lies, or what is searched. Raises ArtifactError where it is served no more."""
         for source in reversed(self._sources):
-            if version in (source.models, source.reader):
+            if version in (source.reader, source.searched):
                 return source
         raise ArtifactError(f"version {version} is not served any more")
 

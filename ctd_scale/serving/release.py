@@ -22,28 +22,41 @@ from ctd_scale.changes import in_force, read_changes
 from ctd_scale.config import RunConfig
 from ctd_scale.latency import Row, chosen_row, load_tuned
 from ctd_scale.live import Base, apply_changes, load_base
-from ctd_scale.recommender import ARTIFACTS, READ_BEHIND, RankStep, load_artifacts, reader_of, version_of
+from ctd_scale.recommender import (
+    ARTIFACTS,
+    READ_BEHIND,
+    READ_TO_SEARCH,
+    RankStep,
+    load_artifacts,
+    reader_of,
+    searched_of,
+    version_of,
+)
 from ctd_scale.retrieval.remote import Ask, Part
 from ctd_scale.serving.known import Known
 from ctd_scale.serving.schema import Directory
 
 serving_log = logging.getLogger("ctd_scale.serving")
 
-# Models, and the number of the changes as of which their index was built; 0: with the run.
-Index = tuple[str, int]
+# Which catalogue and index, and the number of the changes as of which it was built anew, and of which run; 0 and '': it
+# is the one that it was made with.
+Index = tuple[str, int, str]
 AskOf = Callable[[Index, Part], Ask]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The artifacts of a run at one time: `models` is their version, `reader` that of what says a preference, `version`
-    that of all with the `changes` of this number, which lie on the index that was `built` as of that number. `number`
-    counts what was served before; `tuned` is what `serving.target_p99_ms` chose."""
+    """The artifacts of a run at one time: `models` is their version, `reader` that of what says a preference,
+    `searched` that of catalogue and index, `version` that of all with the `changes` of this number, which lie on the
+    index that was `built` as of that number. `number` counts what was served before; `tuned` is what
+    `serving.target_p99_ms` chose.
+    """
 
     run: Run
     config: RunConfig
     models: str
     reader: str
+    searched: str
     version: str
     changes: int = 0
     built: int = 0
@@ -54,7 +67,7 @@ class Source:
     @property
     def index(self) -> Index:
         """Which large index is searched."""
-        return self.models, self.built
+        return self.searched, self.built, self.run.url if self.built else ""
 
     def same_but_for_changes(self, other: Source) -> bool:
         """Whether the other is the same run with the same models and settings, whatever its catalogue has become."""
@@ -83,8 +96,8 @@ def source_of(run: Run, config: RunConfig) -> Source:
     artifacts, changes = load_artifacts(run), read_changes(run)
     models, version = version_of(artifacts), version_of(artifacts, changes)
     tuned = chosen_row(run, config, artifacts)
-    reader = reader_of(artifacts, config)
-    return Source(run, config, models, reader, version, changes.number, changes.built, tuned=tuned)
+    reader, searched = reader_of(artifacts, config), searched_of(artifacts)
+    return Source(run, config, models, reader, searched, version, changes.number, changes.built, tuned=tuned)
 
 
 def changed(source: Source) -> Source:
@@ -136,18 +149,22 @@ def _warm_up(rank: RankStep) -> None:
 
 def _opened(source: Source, before: Release | None, ask: AskOf | None) -> Release:
     changes = read_changes(source.run, source.changes)
-    if before is not None and before.source.same_but_for_changes(source) and before.base.built == changes.built:
-        live = apply_changes(before.base, changes)
+    if before is None or before.source.index != source.index:
+        artifacts = source.artifacts(READ_BEHIND)
+        base = load_base(source.run, artifacts, changes, ask and partial(ask, source.index))
+        live = apply_changes(base, changes)
+        if live.retriever.text is not None:
+            live.retriever.text.warm_up()
+        log = InteractionLog.load(artifacts["interactions"].path, live.catalogue)
+        directory = Directory(log, live.catalogue, live.places)
+    else:
+        base = before.base
+        live = apply_changes(base, changes)
         directory = before.directory.with_catalogue(live.catalogue, live.places)
-        rank = before.rank.over(live.retriever, live.graph)
-        return Release(source, before.base, live.catalogue, directory, rank, live.read_as, before.known)
-    artifacts = source.artifacts(READ_BEHIND)
-    base = load_base(source.run, artifacts, changes, ask and partial(ask, source.index))
-    live = apply_changes(base, changes)
-    if live.retriever.text is not None:
-        live.retriever.text.warm_up()
-    log = InteractionLog.load(artifacts["interactions"].path, live.catalogue)
-    directory = Directory(log, live.catalogue, live.places)
+        if before.source.same_but_for_changes(source):
+            rank = before.rank.over(live.retriever, live.graph)
+            return Release(source, base, live.catalogue, directory, rank, live.read_as, before.known)
+        artifacts = source.artifacts([name for name in READ_BEHIND if name not in READ_TO_SEARCH])
     rank = load_tuned(artifacts, source.config, None if source.tuned is None else source.tuned.settings, live)
     _warm_up(rank)
     known = before.known if before is not None and before.source.reader == source.reader else Known()

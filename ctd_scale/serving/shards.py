@@ -51,8 +51,8 @@ class Shard(PreparedStep):
         return found
 
     async def _load(self, index: Index) -> Loaded:
-        models, built = index
-        source: Source = await self._coordinator.source.remote(models)
+        searched, built, _ = index
+        source: Source = await self._coordinator.source.remote(searched)
         loaded = await asyncio.to_thread(self._read, source, built)
         gc.freeze()
         return loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import threading
 import weakref
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from tiny_run import CATEGORIES, COND_DIM, ITEMS, make_tiny_run
 
 from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.batches import Ranking, save_rankings
 from ctd_scale.changes import CURRENT, delete, in_force, read_changes, read_items, roll_back, upsert, versions
 from ctd_scale.cli import main
 from ctd_scale.interactions.schema import BadInputError
@@ -192,6 +194,39 @@ def test_a_release_keeps_what_is_the_same_and_takes_up_other_settings(run: Run) 
         for release in (changed, other)
     ]
     assert [pool.ids.shape[1] for pool in pools] == [ITEMS + 1, 1]
+    assert other.base is first.base, "the index does not depend on them"
+    assert other.known is first.known
+
+
+def test_a_run_of_the_same_index_is_searched_by_it_and_one_of_another_is_not(run: Run, tmp_path: Path) -> None:
+    config = run.read_config()
+    first = open_release(source_of(run, config))
+    copied = Run(str(tmp_path), "copied")
+    shutil.copytree(run.root, copied.root)
+    inputs = copied.fetch("ranking").manifest["inputs"]
+    with copied.publish("ranking", config_hash="tiny", inputs=inputs) as target:
+        save_rankings({name: Ranking(1.0, draws=0.0, error=0.0) for name in ("full", "full_text")}, target)
+    upsert(copied, items(("a", "Red Empire", "drama")))
+    second = open_release(source_of(copied, config), first)
+    assert second.base is first.base
+    assert (len(first.catalogue), len(second.catalogue)) == (ITEMS, ITEMS + 1)
+    preference, nothing, text = np.ones((1, COND_DIM), np.float32), np.zeros(0, np.int32), [""]
+    (answer,) = second.rank(preference, [np.zeros(1, np.int32)], text, [nothing], 10)
+    chain = Recommender(copied)
+    (wanted,) = chain.rank(preference, [np.zeros(1, np.int32)], text, [nothing], 10)
+    assert (answer.items, answer.scores) == (wanted.items, wanted.scores)
+    # An index that was built anew is that of one run.
+    for each in (run, copied):
+        rebuild_index(each, load_artifacts(each), config)
+    while (built := source_of(run, config)).built < source_of(copied, config).built:
+        rebuild_index(run, load_artifacts(run), config)
+    third = open_release(built, second)
+    fourth = open_release(source_of(copied, config), third)
+    assert third.source.built == fourth.source.built
+    assert third.base is not fourth.base
+    assert (len(third.base.catalogue), len(fourth.base.catalogue)) == (ITEMS, ITEMS + 1)
+    other = make_tiny_run(tmp_path / "other", seed=1)
+    assert open_release(source_of(other, config), fourth).base is not fourth.base
 
 
 def test_changes_hold_over_models_that_are_trained_anew(run: Run, tmp_path: Path) -> None:

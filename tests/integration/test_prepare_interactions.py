@@ -302,7 +302,7 @@ def test_many_files_in_a_folder(tmp_path: Path, run: Run) -> None:
         (
             "all bad",
             {"max_bad_fraction": 1.0},
-            r"no interactions are left: 0 good rows of 0 users",
+            r"1,000 of 1,000 rows \(100\.00%\) cannot be used\n  missing user_id: 1,000\n(.*\n)*  repair the rows$",
         ),
         ("damaged", {}, r"/log\.csv\.gz cannot be read: .*end-of-stream marker was reached$"),
     ],

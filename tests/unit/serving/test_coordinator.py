@@ -23,7 +23,7 @@ def coordinates(source: Source) -> Coordinator:
 
 
 def test_what_is_refused_gives_way_to_what_was_there_before(tmp_path: Path) -> None:
-    first = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "first")
+    first = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "index", "first")
 
     async def served() -> None:
         coordinator = Coordinator(first)
@@ -55,7 +55,7 @@ def test_what_is_refused_gives_way_to_what_was_there_before(tmp_path: Path) -> N
 def test_a_source_is_served_when_every_endpoint_that_is_alive_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "first"), [100.0]
+    first, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "index", "first"), [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     async def served() -> None:
@@ -78,7 +78,7 @@ def test_a_source_is_served_when_every_endpoint_that_is_alive_has_it(
 def test_a_source_can_be_asked_about_when_every_step_that_is_alive_has_tried_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "first"), [100.0]
+    first, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "index", "first"), [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     async def prepared() -> None:
@@ -98,7 +98,7 @@ def test_a_source_can_be_asked_about_when_every_step_that_is_alive_has_tried_it(
 
 
 def test_all_is_closed_when_every_endpoint_that_is_alive_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "first"), [100.0]
+    source, now = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "index", "first"), [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     async def closed() -> None:

@@ -69,7 +69,7 @@ def test_each_hears_what_the_others_said_once() -> None:
 
 
 def test_the_coordinator_shares_what_the_llm_said_that_is_served(tmp_path: Path) -> None:
-    first = Source(Run(str(tmp_path), "run"), RunConfig(), "models", "first", "version")
+    first = Source(Run(str(tmp_path), "run"), RunConfig(), "models", "first", "index", "version")
 
     async def shared() -> None:
         coordinator = Coordinator(first)

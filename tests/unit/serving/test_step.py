@@ -75,7 +75,7 @@ class Loads(PreparedStep):
 
 def test_a_step_loads_what_is_served_next_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PREPARE_S", 0.001)
-    first = Source(Run(str(tmp_path), "run"), RunConfig(), "models", "reader", "first")
+    first = Source(Run(str(tmp_path), "run"), RunConfig(), "models", "reader", "index", "first")
 
     async def prepared(coordinator: Coordinator, source: Source) -> None:
         while not await coordinator.prepared(source):

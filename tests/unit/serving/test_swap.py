@@ -14,7 +14,7 @@ from ctd_scale.serving.release import Source
 
 
 def test_another_signal_calls_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source(Run(str(tmp_path), "run"), RunConfig(), "models", "reader", "new")
+    source = Source(Run(str(tmp_path), "run"), RunConfig(), "models", "reader", "index", "new")
     monkeypatch.setattr(app, "source_of", lambda *_: source)
     answers: dict[str, Source | bool] = {"publish": source, "current": source, "serves": False}
     monkeypatch.setattr(app, "_ask_coordinator", lambda asked, _: answers[asked])
