@@ -115,9 +115,8 @@ def load_cases(load: Load, what: str, in_process_ms: float) -> list[Case]:
     best = max((level for level in load.levels if level.clients), key=lambda level: level.per_second)
     cases = []
     for level in load.levels:
-        said = (
-            f"{what}, {level.clients} clients" if level.clients else f"{what}, {level.per_second:.0f}/s at random times"
-        )
+        asked = f"{level.clients} clients" if level.clients else f"{level.per_second:.0f}/s at random times"
+        said = f"{what}, {asked}{' while another run takes over' if level.swap else ''}"
         cases.append(Case("serve", f"{said}: rate", "requests/s", level.per_second))
         for name in ("p50_ms", "p95_ms", "p99_ms"):
             cases.append(Case("serve", f"{said}: {name[:3]}", "ms", getattr(level, name)))
@@ -138,12 +137,14 @@ def load_cases(load: Load, what: str, in_process_ms: float) -> list[Case]:
 
 
 def swap_cases(load: Load) -> list[Case]:
-    """The last level, in which another version took over."""
-    last = load.levels[-1]
-    failed = sum(count for status, count in last.statuses.items() if status != "200")
+    """The levels in which another run took over, and gave back."""
+    swapping = [level for level in load.levels if level.swap]
+    asked = sum(level.requests for level in swapping)
+    failed = sum(count for level in swapping for status, count in level.statuses.items() if status != "200")
+    answered = {version for level in swapping for version in level.versions}
     return [
-        Case("swap", f"{last.requests} requests while another run took over: failed", "requests", failed),
-        Case("swap", "versions that were answered", "versions", len(last.versions)),
+        Case("swap", f"{asked} requests while another run took over, and gave back: failed", "requests", failed),
+        Case("swap", "versions that were answered", "versions", len(answered)),
     ]
 
 

@@ -102,7 +102,7 @@ def bench_serve(
     k: Annotated[int, typer.Option(help="how many items")] = 10,
     explain: Annotated[bool, typer.Option(help="let the LLM write a text for every request")] = False,
     swap_to: Annotated[
-        str, typer.Option("--swap", help="a run that takes its place while the last level goes on")
+        str, typer.Option("--swap", help="a run that takes its place, and gives it back, while it is asked")
     ] = "",
     rest: Annotated[float, typer.Option(help="seconds of silence at the end, while replicas may go")] = 0.0,
     out: Annotated[Path | None, typer.Option("--json", help="where everything measured is written")] = None,
@@ -124,7 +124,9 @@ def bench_serve(
     load = measure_load(opened, opened.read_config(overrides or ()), levels, seconds, users, k, explain, other, rest)
     show_load(load)
     if out is not None:
-        command = f"ctd bench serve --clients {clients} --seconds {seconds:g} --users {users}{_said(overrides)}"
+        further = (" --explain" if explain else "") + (" --swap OTHER" if swap_to else "") + f" --rest {rest:g}"
+        about = f"--clients {clients} --seconds {seconds:g} --users {users} --k {k}{further}"
+        command = f"ctd bench serve --run RUN {about}{_said(overrides)}"
         write_text(out, json.dumps(as_json(load, command), indent=1) + "\n")
 
 

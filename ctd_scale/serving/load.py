@@ -36,7 +36,8 @@ SWAP_AFTER = 0.2  # of a level's time: before it, the former run answers
 
 @dataclass(frozen=True)
 class Level:
-    """What was answered while `clients` asked at once (0: at random times); milliseconds as the clients saw them."""
+    """What was answered while `clients` asked at once (0: at random times), and another run took over where it was a
+    `swap`; milliseconds as the clients saw them."""
 
     clients: int
     requests: int
@@ -48,12 +49,14 @@ class Level:
     statuses: dict[str, int]
     versions: dict[str, int]
     replicas: dict[str, int] = field(default_factory=dict)
+    swap: bool = False
 
 
 @dataclass(frozen=True)
 class Load:
-    """The levels of a ramp, the open loop at half of the best of them last; the replicas over time; and the same chain
-    called in one process, one request at a time: behind the preference, and all of it."""
+    """The levels of a ramp, the open loop at half of the best of them, then those in which another run took over; the
+    replicas over time; and the same chain called in one process, one request at a time: behind the preference, and all
+    of it."""
 
     levels: list[Level]
     timeline: list[dict[str, float]]
@@ -73,8 +76,8 @@ def measure_load(
     rest_s: float = 0.0,
 ) -> Load:
     """Serve a run, ask for every user once, ramp up, ask at half of the best rate once no replica is on its way, then
-    while `swap_to` takes the run's place, and watch the replicas for `rest_s` seconds of silence; the server is stopped
-    afterwards.
+    by the most clients while `swap_to` takes the run's place, and at that rate while the run takes it back; watch the
+    replicas for `rest_s` seconds of silence. The server is stopped afterwards.
 
     With more time than users their preferences are known, and the LLM rests: what is measured is the way behind it.
     `serving.cached_preferences = 0` lets the LLM read every history.
@@ -93,13 +96,18 @@ def measure_load(
         asyncio.run(ask_each(url, bodies))
         levels, timeline = asyncio.run(ramp(url, bodies, clients, seconds, running_replicas))
         settle(resting)
-        levels.append(asyncio.run(paced(url, bodies, max(level.per_second for level in levels) / 2, seconds)))
+        rate = max(level.per_second for level in levels) / 2
+        levels.append(asyncio.run(paced(url, bodies, rate, seconds)))
         if swap_to is not None:
             with ThreadPoolExecutor(1) as thread:
                 swapped = thread.submit(_after, seconds * SWAP_AFTER, swap, swap_to, swap_to.read_config())
                 more, further = asyncio.run(ramp(url, bodies, clients[-1:], seconds, running_replicas, swapped.done))
                 swapped.result()
-            levels += more
+                settle(resting)
+                back = thread.submit(_after, seconds * SWAP_AFTER, swap, run, config)
+                more.append(asyncio.run(paced(url, bodies, rate, seconds, back.done)))
+                back.result()
+            levels += [replace(level, swap=True) for level in more]
             timeline += _later(timeline, further)
         if rest_s:
             timeline += _later(timeline, asyncio.run(_watched(rest_s, running_replicas)))
@@ -156,19 +164,26 @@ def _after(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any
     return function(*arguments)
 
 
-async def paced(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float) -> Level:
-    """Requests at random times, `rate` a second (a Poisson process, always the same one)."""
-    count = max(1, int(rate * seconds))
-    times = np.cumsum(np.random.default_rng(0).exponential(1 / rate, count))
-    seen = _Seen()
+async def paced(
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    rate: float,
+    seconds: float,
+    may_end: Callable[[], bool] = lambda: True,
+) -> Level:
+    """Requests at random times, `rate` a second (a Poisson process, always the same one), for so many seconds, and
+    until `may_end`."""
+    random, seen, at = np.random.default_rng(0), _Seen(), 0.0
+    asked: list[asyncio.Task[None]] = []
     async with _client(url) as client:
         started = time.perf_counter()
-
-        async def one(at: float, body: dict[str, Any]) -> None:
+        for body in itertools.cycle(bodies):
+            at += float(random.exponential(1 / rate))
+            if at > seconds and asked and may_end():
+                break
             await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
-            await seen.ask(client, body, started + at)
-
-        await asyncio.gather(*map(one, times.tolist(), itertools.islice(itertools.cycle(bodies), count)))
+            asked.append(asyncio.create_task(seen.ask(client, body, started + at)))
+        await asyncio.gather(*asked)
         level = seen.level(0, time.perf_counter() - started)
     console.print(
         f"  {rate:.1f} requests/s at random times: p50 {level.p50_ms:.1f} ms, p99 {level.p99_ms:.1f} ms, "
@@ -294,7 +309,7 @@ def show_load(load: Load) -> None:
         times = [f"{value:.1f}" for value in (level.per_second, level.p50_ms, level.p95_ms, level.p99_ms)]
         answers = ", ".join(f"{count} x {status}" for status, count in level.statuses.items())
         replicas = " ".join(f"{name}:{count}" for name, count in level.replicas.items())
-        table.add_row(str(level.clients or "paced"), *times, answers, replicas)
+        table.add_row(f"{level.clients or 'paced'}{', swap' if level.swap else ''}", *times, answers, replicas)
     console.print(table)
     console.print(
         f"in one process: {load.behind_preference_ms:.1f} ms behind the preference, "
