@@ -20,6 +20,7 @@ from ctd_scale.terminal import console
 
 # Rows that may be compared have all of these in common.
 PROTOCOL = ("dataset", "splitting", "mask_seen", "users", "items")
+PANELS = 3  # of the picture, side by side: more cannot be read on a page
 SHOWN = ("hr@10", "ndcg@10", "mrr", "coverage@10")
 
 
@@ -140,13 +141,18 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> bool:
     from matplotlib import pyplot
 
     groups = _grouped([row for row in rows if row["split"] == "test"])
-    height = max(5.0, 0.2 * max(map(len, groups.values())))
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(4.5 * len(groups), height), squeeze=False)
-    for panel, (title, chosen) in zip(panels[0], groups.items(), strict=True):
+    across = min(PANELS, len(groups))
+    down = -(-len(groups) // across)
+    height = max(4.0, 0.2 * max(map(len, groups.values())))
+    figure, panels = pyplot.subplots(down, across, figsize=(4.5 * across, height * down), squeeze=False)
+    for panel in panels.flat[len(groups) :]:
+        panel.axis("off")
+    for panel, (title, chosen) in zip(panels.flat, groups.items(), strict=False):
         ordered = _best_first(chosen)[::-1]
         values = [row["mean"]["ndcg@10"] for row in ordered]
         errors = [row["spread"]["ndcg@10"] for row in ordered]
         panel.barh([row["model"] for row in ordered], values, xerr=errors)
+        panel.tick_params(axis="y", labelsize=8)
         panel.set_title(title.replace(", ", "\n"), fontsize=9)
         panel.set_xlabel("NDCG@10, test")
     figure.tight_layout()

@@ -112,7 +112,7 @@ def swap(run: Run, config: RunConfig, called_off: Callable[[], bool] = lambda: F
     is not served in time, or called off.
     """
     wanted: Source = _ask_coordinator("publish", source_of(run, config))
-    deadline = time.monotonic() + SWAP_TIMEOUT_S
+    deadline = time.monotonic() + SWAP_TIMEOUT_S + config.serving.swap_warm_up_s
     while True:
         served = _ask_coordinator("serves", wanted)
         now: Source = _ask_coordinator("current", wanted)  # its catalogue may have been changed meanwhile
