@@ -167,7 +167,7 @@ def _of_denoiser(config: RunConfig) -> Sections:
 OF_LLM = _but("llm", LLMConfig, OF_SPEAKING)
 
 STAGES = (
-    Stage("prepare_interactions", _prepare, ("interactions",), (), ("interactions",)),
+    Stage("prepare_interactions", _prepare, ("interactions",), (), ("interactions",), revision=1),
     Stage("train_graph", _graph, ("graph",), ("interactions",), ("graph", "embeddings", "embeddings_at_test"), "graph"),
     Stage("train_tokenizer", _tokenizer, ("tokenizer",), ("embeddings",), ("models/tokenizer", "tokens"), "tokenizer"),
     Stage(

@@ -134,7 +134,8 @@ def as_text(values: pa.Array) -> pa.Array:
     is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
     try:
         if is_list and not pa.types.is_nested(values.type.value_type):
-            values = _joined(values.cast(pa.list_(pa.string())))
+            is_bytes = pa.types.is_binary(values.type.value_type) or pa.types.is_large_binary(values.type.value_type)
+            values = _joined(values.cast(pa.list_(pa.binary() if is_bytes else pa.string())))
         # By way of binary: only that cast looks at the bytes, a Parquet file may call anything a string.
         if pa.types.is_fixed_size_binary(values.type):
             values = values.cast(pa.binary())
@@ -216,7 +217,7 @@ def _joined(lists: pa.ListArray) -> pa.Array:
         ends = np.cumsum([0, *pc.fill_null(pc.list_value_length(lists), 0).to_numpy()])
         kept = np.cumsum([0, *words.is_valid().to_numpy(zero_copy_only=False)])
         lists = pa.ListArray.from_arrays(pa.array(kept[ends], pa.int32()), words.drop_null(), mask=lists.is_null())
-    return pc.binary_join(lists, " ")
+    return pc.binary_join(lists, pa.scalar(" ").cast(lists.type.value_type))
 
 
 def _decimal_text(values: pa.Array) -> pa.Array:

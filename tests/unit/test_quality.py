@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from ctd_scale.config import ConfigError
-from ctd_scale.quality import METRICS, bootstrap_interval, compare
+from ctd_scale.quality import METRICS, _deviation, bootstrap_interval, compare
 from ctd_scale.quality_report import markdown, write_quality
 
 
@@ -29,6 +30,11 @@ def test_the_bootstrap_covers_the_truth_nineteen_times_in_twenty() -> None:
         low, high = bootstrap_interval(random.exponential(1.0, 200) - 1.0)
         covered += low <= 0 <= high
     assert 88 <= covered <= 99
+
+
+def test_the_spread_is_that_of_a_sample() -> None:
+    assert _deviation([1.0, 2.0, 6.0]) == pytest.approx(statistics.stdev([1.0, 2.0, 6.0]))
+    assert _deviation([1.0]) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def test_times_beyond_int64_and_nan_are_null() -> None:
         (pa.array([UUID(int=10).bytes, None], pa.uuid()), ["00000000-0000-0000-0000-00000000000a", None]),
         (pa.array(["é"], pa.large_string()), ["é"]),
         (pa.array([["Drama", "War"], None]), ["Drama War", None]),
+        (pa.array([[b"Drama", b"War"], [b"ok", b"\xff"]]), ["Drama War", None]),
         (pa.array([["x"], ["Drama", None, "War"], None, [], [None]])[1:], ["Drama War", None, None, None]),
         (pa.nulls(2), [None, None]),
         (pa.array(["x", None]).dictionary_encode(), ["x", None]),
