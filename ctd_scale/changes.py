@@ -128,7 +128,7 @@ def read_whole_items(run: Run, pattern: str, config: InteractionsConfig) -> pa.T
 def upsert(run: Run, items: pa.Table) -> Changes:
     """Put items in, or give those that are there another title, category and numbers."""
     rows = items.append_column("deleted", pa.repeat(pa.scalar(False), len(items)))
-    return _change(run, lambda _: rows, f"put in or altered {len(items):,} items")
+    return _change(run, lambda _: rows, f"put in or altered {_items(len(items))}")
 
 
 def delete(run: Run, item_ids: Sequence[str]) -> Changes:
@@ -147,12 +147,13 @@ def delete(run: Run, item_ids: Sequence[str]) -> Changes:
         unknown = [item_id for item_id in wanted if item_id not in there or there[item_id]["deleted"]]
         if unknown:
             named = ", ".join(f"{item_id[:64]!r}" for item_id in unknown[:MAX_NAMED])
-            raise BadInputError(f"{len(unknown):,} items are not in the catalogue, so none was taken out: {named}")
+            are = "is" if len(unknown) == 1 else "are"
+            raise BadInputError(f"{_items(len(unknown))} {are} not in the catalogue, so none was taken out: {named}")
         # Its numbers go with it: nobody can ask for it by them any more.
         kept = [{name: there[item_id][name] for name in ITEM_COLUMNS} for item_id in wanted]
         return pa.Table.from_pylist([{**row, "deleted": True} for row in kept], SCHEMA)
 
-    return _change(run, rows, f"took out {len(wanted):,} items")
+    return _change(run, rows, f"took out {_items(len(wanted))}")
 
 
 def roll_back(run: Run, to: int | None = None) -> Changes:
@@ -215,6 +216,10 @@ def alone(run: Run) -> Iterator[None]:
 
 def _put_in_force(run: Run, number: int, latest: int) -> None:
     run.write_file(CURRENT, json.dumps({"version": number, "latest": latest}) + "\n")
+
+
+def _items(number: int) -> str:
+    return f"{number:,} item{'s' * (number != 1)}"
 
 
 def _name(number: int) -> str:

@@ -30,7 +30,9 @@ class ServingConfig(Section):
     max_history: Positive = 500
     max_requests: Positive = Field(100, description="of one batch")
     max_body_bytes: Positive = 1_000_000
-    cached_preferences: Count = Field(100_000, description="preferences that each ingress replica keeps, by history")
+    cached_preferences: Count = Field(
+        100_000, description="preferences and texts that each ingress replica keeps, by history"
+    )
     swap_warm_up_s: NotNegative = Field(
         60.0, description="another LLM takes over when it has read, for so long at most, whoever was asked about lately"
     )

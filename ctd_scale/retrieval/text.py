@@ -12,6 +12,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 # Where JAX is installed, bm25s computes with it on import, and JAX then keeps most of a GPU's memory to itself.
@@ -25,28 +27,72 @@ from numpy import ndarray
 from scipy.sparse import csc_matrix, csr_matrix
 
 from ctd_scale.batches import Catalogue
-from ctd_scale.retrieval.postings import best_documents, postings_of
+from ctd_scale.retrieval.postings import Postings, best_documents, postings_of
 
 # The constant part of a generated answer: it says nothing about any item.
 ANSWER_TEMPLATE = "The user might like products, such as"
 
 FACTS = "facts.json"
 
+KEPT_TEXTS = 1 << 14  # whose matches are kept; a list of 20 takes a few hundred bytes
+
 # bm25s sets its logger to DEBUG, past whatever level the root logger has.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 
+@dataclass(frozen=True)
+class Matcher:
+    """The items of each word, and what came later: by word, the impact on each item; and the built items of which the
+    postings are out of date."""
+
+    numbers: Mapping[str, int]
+    postings: Postings
+    altered: Int32[ndarray, "altered"]
+    later: Mapping[str, Mapping[int, float]]
+
+    def match(self, text: str, limit: int) -> Int32[ndarray, "matches"]:
+        """The at most `limit` items of highest score above 0, best first, ties by index; not to be written to."""
+        asked = Counter(words(text))
+        numbers = {word: self.numbers[word] for word in asked if word in self.numbers}
+        ids, sums = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        if numbers and limit > 0:
+            known = np.array(sorted((number, asked[word]) for word, number in numbers.items()), np.int64)
+            # Laid out as where it is compiled: another layout would be compiled anew, while somebody waits.
+            asked_of = np.ascontiguousarray(known[:, 0]), known[:, 1].astype(np.float32)
+            ids, sums = best_documents(*asked_of, self.postings, limit + len(self.altered))
+        if self.later or len(self.altered):
+            ids, sums = self._with_later(asked, ids, sums)
+        ids = ids[: max(0, limit)].copy()
+        ids.setflags(write=False)
+        return ids
+
+    def _with_later(self, asked: Mapping[str, int], ids: ndarray, sums: ndarray) -> tuple[ndarray, ndarray]:
+        later: dict[int, float] = {}
+        for word, n in asked.items():
+            for item, impact in self.later.get(word, {}).items():
+                later[item] = later.get(item, 0.0) + n * impact
+        current = ~np.isin(ids, self.altered)
+        ids = np.concatenate([ids[current], np.fromiter(later, np.int32)])
+        sums = np.concatenate([sums[current], np.fromiter(later.values(), np.float32)])
+        best = np.lexsort((ids, -sums))
+        return ids[best], sums[best]
+
+
 class TextIndex:
-    """BM25 over "title category", and over items that were added or altered since it was built."""
+    """BM25 over "title category", and over items that were added or altered since it was built. What it found for the
+    latest texts is kept: an LLM says the same to many, and to one who asks again."""
 
     def __init__(self, bm25: bm25s.BM25, silent: set[str], mean_length: float) -> None:
         self._bm25, self._silent, self._stop, self._mean_length = bm25, silent, _stop(silent), mean_length
         scores = bm25.scores
         self._size = int(scores["num_docs"])
         self._postings = postings_of(scores["indptr"], scores["indices"], scores["data"], self._size)
-        # What came later: by word, the impact on each item; and the built items of which the index is out of date.
-        self._later: Mapping[str, Mapping[int, float]] = {}
-        self._altered: Int32[ndarray, "altered"] = np.zeros(0, np.int32)
+        self._search_by(Matcher(bm25.vocab_dict, self._postings, np.zeros(0, np.int32), {}))
+
+    def _search_by(self, matcher: Matcher) -> None:
+        self._matcher = matcher
+        # Not of a method of this class: a cycle would never be freed, as what a server holds is not looked through.
+        self._match = lru_cache(KEPT_TEXTS)(matcher.match)
 
     @classmethod
     def build(cls, catalogue: Catalogue, stop_text: str = ANSWER_TEMPLATE) -> TextIndex:
@@ -91,12 +137,12 @@ class TextIndex:
         """The same index in which these items, built ones or later ones, have these words. Words keep the weights that
         they had when it was built."""
         made = copy.copy(self)
-        made._altered = items[items < self._size].astype(np.int32)
+        altered = items[items < self._size].astype(np.int32)
         later: dict[str, dict[int, float]] = {}
         for item, title, category in zip(items.tolist(), titles, categories, strict=True):
             for word, impact in self._impacts_of(title, category).items():
                 later.setdefault(word, {})[item] = impact
-        made._later = later
+        made._search_by(replace(self._matcher, altered=altered, later=later))
         return made
 
     def _impacts_of(self, title: str, category: str) -> dict[str, float]:
@@ -131,31 +177,12 @@ class TextIndex:
         best_documents(np.zeros(1, np.int64), np.ones(1, np.float32), self._postings, 1)
 
     def matches(self, texts: list[str], limit: int) -> list[Int32[ndarray, "matches"]]:
-        """For each text the at most `limit` items of highest BM25 score above 0, best first, ties by index.
+        """For each text the at most `limit` items of highest BM25 score above 0, best first, ties by index; not to be
+        written to.
 
         Empty for a text without a known word, such as ''.
         """
         return [self._match(text, limit) for text in texts]
-
-    def _match(self, text: str, limit: int) -> Int32[ndarray, "matches"]:
-        asked = Counter(words(text))
-        numbers = {word: self._bm25.vocab_dict[word] for word in asked if word in self._bm25.vocab_dict}
-        ids, sums = np.zeros(0, np.int32), np.zeros(0, np.float32)
-        if numbers and limit > 0:
-            known = np.array(sorted((number, asked[word]) for word, number in numbers.items()), np.int64)
-            # Laid out as where it is compiled: another layout would be compiled anew, while somebody waits.
-            asked_of = np.ascontiguousarray(known[:, 0]), known[:, 1].astype(np.float32)
-            ids, sums = best_documents(*asked_of, self._postings, limit + len(self._altered))
-        if not self._later:
-            return ids[: max(0, limit)]
-        later: dict[int, float] = {}
-        for word, n in asked.items():
-            for item, impact in self._later.get(word, {}).items():
-                later[item] = later.get(item, 0.0) + n * impact
-        current = ~np.isin(ids, self._altered)
-        ids = np.concatenate([ids[current], np.fromiter(later, np.int32)])
-        sums = np.concatenate([sums[current], np.fromiter(later.values(), np.float32)])
-        return ids[np.lexsort((ids, -sums))[: max(0, limit)]]
 
 
 def _stop(silent: set[str]) -> set[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ctd_scale.artifacts import ArtifactError
-from ctd_scale.serving.known import Preferences, Shared
+from ctd_scale.serving.known import Answers, Shared
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.release import Source, changed, serving_log
@@ -114,7 +114,7 @@ class Coordinator:
         await self._look_for_changes()
         return self._sources[-1].number, self._closing
 
-    async def share(self, reader: str, said: Preferences, heard: int) -> tuple[int, Preferences]:
+    async def share(self, reader: str, said: Answers, heard: int) -> tuple[int, Answers]:
         """What a replica has asked the LLM, for what the others have (see `Shared.exchange`); of the one that is to be
         served."""
         current = self._sources[-1]

@@ -40,7 +40,7 @@ from ctd_scale.serving.release import Release, Source, open_release, serving_log
 from ctd_scale.serving.schema import RecommendRequest, RequestError, picture_object, ranked_items, response_object
 from ctd_scale.serving.shards import Shards
 from ctd_scale.serving.step import FOLLOW_S, TRANSIENT, Step, configure_batches, result_of
-from ctd_scale.serving.telemetry import CACHE_HIT
+from ctd_scale.serving.telemetry import cached
 
 SEND_RECORDS_S = 0.5
 SHARE_S = 1.0  # how soon a replica learns of what the LLM told another one
@@ -218,10 +218,8 @@ class App(Step):
         self._in_progress += 1
         try:
             seconds: dict[str, float] = {}
-            preference, text = await self._preference_after(release, history, seconds), ""
-            if request.explain:
-                with timed("text", seconds):
-                    text = await result_of(self._preference.text.remote((release.source.reader, history)))
+            preference = await self._preference_after(release, history, seconds)
+            text = await self._said("text", release, history, seconds) if request.explain else ""
             order = Order(release, preference, history, text, excluded, request.k, boosts)
             recommendation, behind = await self._ranked(order)
         finally:
@@ -301,15 +299,22 @@ class App(Step):
     async def _preference_after(
         self, release: Release, history: Int32[ndarray, "_"], seconds: dict[str, float]
     ) -> Float32[ndarray, "cond_dim"]:
-        """The preference, from the LLM or, where the same items were read before, from what it said then."""
-        read = history[-release.source.config.llm.max_history :].tobytes()
-        if (preference := release.known.get(read)) is not None:
-            seconds[CACHE_HIT] = 0.0
-            return preference
-        with timed("preference", seconds):
-            preference = await result_of(self._preference.preference.remote((release.source.reader, history)))
-        release.known.learn(read, preference, self._config.cached_preferences)
+        preference: Float32[ndarray, "cond_dim"] = await self._said("preference", release, history, seconds)
         return preference
+
+    async def _said(
+        self, question: str, release: Release, history: Int32[ndarray, "_"], seconds: dict[str, float]
+    ) -> Any:
+        """The preference or the text, from the LLM or, where the same items were read before, what it said then."""
+        asked = question, history[-release.source.config.llm.max_history :].tobytes()
+        if (known := release.known.get(asked)) is not None:
+            seconds[cached(question)] = 0.0
+            return known
+        with timed(question, seconds):
+            ask = getattr(self._preference, question)
+            said = await result_of(ask.remote((release.source.reader, history)))
+        release.known.learn(asked, said, self._config.cached_preferences)
+        return said
 
 
 def _resolved(release: Release, request: RecommendRequest) -> tuple[Int32[ndarray, "_"], Int32[ndarray, "_"]]:

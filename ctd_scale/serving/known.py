@@ -1,44 +1,47 @@
-"""What the LLM said of a history, for whoever asks with the same one again, and whom it was asked about. Every replica
-of the ingress keeps it, and through the coordinator tells it to the others: one that has just started, where load
-called for it, would otherwise ask the LLM about everybody once more. So would all of them after a swap to another LLM.
+"""What the LLM said of a history, a preference or a text, for whoever asks with the same one again, and whom it was
+asked about. Every replica of the ingress keeps it, and through the coordinator tells it to the others: one that has
+just started, where load called for it, would otherwise ask the LLM about everybody once more. So would all of them
+after a swap to another LLM.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float32
 from numpy import ndarray
 
-Preferences = dict[bytes, Float32[ndarray, "cond_dim"]]
+# What the LLM was asked for ("preference" or "text"), and after which items; and what it said.
+Question = tuple[str, bytes]
+Answers = dict[Question, Float32[ndarray, "cond_dim"] | str]
 
 
 @dataclass
 class Known:
-    """What one replica knows of one LLM, by what was read; `heard` is how much of what others said.
+    """What one replica knows of one LLM, by what it was asked; `heard` is how much of what others said.
 
     Where more than the limit is kept, what was not asked for the longest goes first.
     """
 
-    kept: OrderedDict[bytes, Float32[ndarray, "cond_dim"]] = field(default_factory=OrderedDict)
-    untold: Preferences = field(default_factory=dict)
+    kept: OrderedDict[Question, Float32[ndarray, "cond_dim"] | str] = field(default_factory=OrderedDict)
+    untold: Answers = field(default_factory=dict)
     heard: int = 0
 
-    def get(self, read: bytes) -> Float32[ndarray, "cond_dim"] | None:
-        """The preference after what was read, if it is known."""
-        if read in self.kept:
-            self.kept.move_to_end(read)
-        return self.kept.get(read)
+    def get(self, question: Question) -> Float32[ndarray, "cond_dim"] | str | None:
+        """What the LLM said to this, if it is known."""
+        if question in self.kept:
+            self.kept.move_to_end(question)
+        return self.kept.get(question)
 
-    def learn(self, read: bytes, preference: Float32[ndarray, "cond_dim"], limit: int) -> None:
+    def learn(self, question: Question, said: Float32[ndarray, "cond_dim"] | str, limit: int) -> None:
         """Keep what the LLM said, to be told."""
-        self.kept[read] = self.untold[read] = preference
+        self.kept[question] = self.untold[question] = said
         self._trim(limit)
 
-    def hear(self, heard: int, others: Mapping[bytes, Float32[ndarray, "cond_dim"]], limit: int) -> None:
+    def hear(self, heard: int, others: Answers, limit: int) -> None:
         """Keep what other replicas had been told by the LLM."""
         self.kept.update(others)
         self.heard = heard
@@ -46,8 +49,8 @@ class Known:
 
     def _trim(self, limit: int) -> None:
         while len(self.kept) > limit:
-            read, _ = self.kept.popitem(last=False)
-            self.untold.pop(read, None)
+            question, _ = self.kept.popitem(last=False)
+            self.untold.pop(question, None)
 
 
 class Asked:
@@ -75,20 +78,20 @@ class Shared:
 
     def __init__(self, reader: str, limit: int) -> None:
         self.reader, self._limit = reader, limit
-        self._count, self._said = 0, OrderedDict[bytes, tuple[int, Float32[ndarray, "cond_dim"]]]()
+        self._count, self._said = 0, OrderedDict[Question, tuple[int, Float32[ndarray, "cond_dim"] | str]]()
 
-    def exchange(self, said: Preferences, heard: int) -> tuple[int, Preferences]:
+    def exchange(self, said: Answers, heard: int) -> tuple[int, Answers]:
         """Take up what a replica says; returns what others have said since it `heard` so many, and how many that makes.
         One that has heard more than there is knew a process that is there no more: it is told everything."""
-        since, news = heard if heard <= self._count else 0, Preferences()
-        for read, (number, preference) in reversed(self._said.items()):
+        since, news = heard if heard <= self._count else 0, Answers()
+        for question, (number, answer) in reversed(self._said.items()):
             if number <= since:
                 break
-            news[read] = preference
-        for read, preference in said.items():
+            news[question] = answer
+        for question, answer in said.items():
             self._count += 1
-            self._said[read] = self._count, preference
-            self._said.move_to_end(read)
+            self._said[question] = self._count, answer
+            self._said.move_to_end(question)
         while len(self._said) > self._limit:
             self._said.popitem(last=False)
         return self._count, dict(reversed(news.items()))

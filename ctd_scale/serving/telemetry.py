@@ -12,8 +12,11 @@ from ctd_scale.serving.probe import PROBED, Probe
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 RECALLS = tuple(found / PROBED for found in range(PROBED + 1))
-# A stage of no seconds: the preference was known.
-CACHE_HIT = "preference_cached"
+
+
+def cached(stage: str) -> str:
+    """The name of a stage of no seconds: what the LLM said was known."""
+    return f"{stage}_cached"
 
 
 class Telemetry:
@@ -32,7 +35,10 @@ class Telemetry:
             buckets=SECONDS,
             registry=registry,
         )
-        self._cache = Counter("ctd_preference_cache", "Look-ups of a known preference.", ["outcome"], registry=registry)
+        self._caches = {
+            stage: Counter(f"ctd_{stage}_cache", f"Look-ups of a known {stage}.", ["outcome"], registry=registry)
+            for stage in ("preference", "text")
+        }
         self._recall = Histogram(
             "ctd_index_recall",
             "Share of the ten nearest items that the index found, by exact search now and then.",
@@ -52,13 +58,15 @@ class Telemetry:
                 continue
             self._requests.labels(record.route, str(record.status)).inc()
             self._seconds.labels(record.route).observe(record.seconds)
+            known = {cached(stage) for stage in self._caches}
             for stage, seconds in record.stages.items():
-                if stage != CACHE_HIT:
+                if stage not in known:
                     self._stages.labels(stage).observe(seconds)
-            if CACHE_HIT in record.stages:
-                self._cache.labels("hit").inc()
-            elif "preference" in record.stages:
-                self._cache.labels("miss").inc()
+            for stage, cache in self._caches.items():
+                if cached(stage) in record.stages:
+                    cache.labels("hit").inc()
+                elif stage in record.stages:
+                    cache.labels("miss").inc()
 
     def text(self, version: str) -> str:
         """Everything in Prometheus' text format, and the version that is served."""

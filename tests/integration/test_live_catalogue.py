@@ -93,7 +93,7 @@ def test_what_is_taken_out_never_comes_back_and_may_be_put_in_again(run: Run) ->
     assert not set(fewer.rank.retrieve.find(whole.catalogue.titles[whole.catalogue.item_ids.index(first[0])], 50)) & {
         whole.catalogue.item_ids.index(item) for item in first
     }
-    with pytest.raises(BadInputError, match=f"1 items are not in the catalogue, so none was taken out: '{first[0]}'"):
+    with pytest.raises(BadInputError, match=f"1 item is not in the catalogue, so none was taken out: '{first[0]}'"):
         delete(run, ["i5", first[0]])
     assert in_force(run) == (1, 1)
     upsert(run, items((first[0], "Quite Another", "drama")))

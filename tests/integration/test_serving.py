@@ -222,6 +222,17 @@ def test_a_preference_is_read_once_and_all_is_counted(server: Server) -> None:
     assert "preference_cached" in timings[1]
 
 
+def test_what_the_llm_wrote_is_kept(server: Server, recommender: Recommender) -> None:
+    history = ["i29", "i31", "i37"]
+    first, again, other = (server.post(history=each, explain=True) for each in (history, history, ["i31", "i37"]))
+    assert [name in first.headers["Server-Timing"] for name in ("text;", "text_cached")] == [True, False]
+    assert [name in again.headers["Server-Timing"] for name in ("text;", "text_cached")] == [False, True]
+    assert [name in other.headers["Server-Timing"] for name in ("text;", "text_cached")] == [True, False]
+    assert first.json() == again.json()
+    places = [recommender.catalogue.item_ids.index(item) for item in history]
+    assert_same(again, expected(recommender, np.array(places, np.int32), explain=True))
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [

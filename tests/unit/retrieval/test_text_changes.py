@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,6 +45,33 @@ def test_what_is_added_is_found_and_what_is_altered_is_found_by_its_new_words_al
     assert changed.matches(["river"], 5)[0].tolist() == []
     assert changed.matches(["saga"], 5)[0].tolist() == [3], "a word that no built item has"
     assert len(changed.matches(["red"], 1)[0]) == 1
+    wordless = built.with_items(np.array([0], np.int32), ["!"], [""])
+    assert wordless.matches(["red"], 5)[0].tolist() == [2]
+
+
+def test_what_is_kept_of_a_text_is_of_one_state_and_length() -> None:
+    built = build(["red river", "blue night", "red machine"])
+    for _ in range(2):
+        assert built.matches(["red"], 2)[0].tolist() == [0, 2]
+        assert built.matches(["red"], 1)[0].tolist() == [0]
+        changed = built.with_items(np.array([1], np.int32), ["red"], [""])
+        assert sorted(changed.matches(["red"], 3)[0].tolist()) == [0, 1, 2]
+    assert built.matches(["red"], 2)[0] is built.matches(["red"], 2)[0], "it was not searched again"
+    with pytest.raises(ValueError, match="read-only"):
+        built.matches(["red"], 2)[0][0] = 1
+
+
+def test_an_index_is_freed_with_what_it_kept() -> None:
+    """Without the collector's help: what a server holds is not looked through."""
+    built = build(["red river", "blue night"])
+    built.matches(["red"], 2)
+    gone = weakref.ref(built._matcher)
+    gc.disable()
+    try:
+        del built
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])

@@ -11,32 +11,35 @@ import numpy as np
 from ctd_scale.artifacts import Run
 from ctd_scale.config import RunConfig, validate_config
 from ctd_scale.serving.coordinator import Coordinator
-from ctd_scale.serving.known import Asked, Known, Preferences, Shared
+from ctd_scale.serving.known import Answers, Asked, Known, Shared
 from ctd_scale.serving.release import Source
 
 
-def said(*reads: str) -> Preferences:
+def said(*reads: str) -> Answers:
     """A preference for each history, told apart by its first number."""
-    return {read.encode(): np.full(2, ord(read[0]), np.float32) for read in reads}
+    return {("preference", read.encode()): np.full(2, ord(read[0]), np.float32) for read in reads}
 
 
-def names(preferences: Preferences) -> str:
-    return b"".join(preferences).decode()
+def names(answers: Answers) -> str:
+    return b"".join(read for _, read in answers).decode()
 
 
 def test_what_was_not_asked_for_the_longest_is_forgotten() -> None:
     known = Known()
-    for read, preference in said(*"abc").items():
-        known.learn(read, preference, limit=3)
-    assert known.get(b"a") is not None
-    known.learn(b"d", np.zeros(2, np.float32), limit=3)
-    assert known.get(b"b") is None
+    for question, preference in said(*"abc").items():
+        known.learn(question, preference, limit=3)
+    assert known.get(("preference", b"a")) is not None
+    assert known.get(("text", b"a")) is None
+    known.learn(("text", b"d"), "", limit=3)
+    assert known.get(("preference", b"b")) is None
+    assert known.get(("text", b"d")) == "", "to say nothing is an answer"
     assert names(known.kept) == "cad"
     assert set(known.untold) == set(known.kept), "what is forgotten is not told either"
     known.hear(7, said(*"ef"), limit=3)
     assert (names(known.kept), known.heard) == ("def", 7)
     never = Known()
-    never.learn(b"a", np.zeros(2, np.float32), limit=0)
+    never.learn(("text", b"a"), "", limit=0)
+    never.learn(("preference", b"a"), np.zeros(2, np.float32), limit=0)
     assert not never.kept
     assert not never.untold
 
@@ -57,7 +60,7 @@ def test_each_hears_what_the_others_said_once() -> None:
     assert shared.exchange(said(*"ab"), 0) == (2, {}), "nobody is told what it said itself"
     count, news = shared.exchange(said("c"), 0)
     assert (count, names(news)) == (3, "ab")
-    assert news[b"b"][0] == ord("b")
+    assert news["preference", b"b"][0] == ord("b")
     assert shared.exchange({}, 3) == (3, {})
     count, news = shared.exchange({}, 2)
     assert (count, names(news)) == (3, "c")

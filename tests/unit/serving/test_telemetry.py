@@ -8,12 +8,12 @@ import pytest
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.picture import flattened
 from ctd_scale.serving.probe import Probe
-from ctd_scale.serving.telemetry import CACHE_HIT, Telemetry
+from ctd_scale.serving.telemetry import Telemetry, cached
 
 
 def test_requests_stages_and_known_preferences_are_counted() -> None:
     telemetry = Telemetry()
-    cold, warm = {"preference": 0.2, "rank": 0.003}, {CACHE_HIT: 0.0, "rank": 0.003}
+    cold, warm = {"preference": 0.2, "rank": 0.003}, {cached("preference"): 0.0, "text": 0.4, "rank": 0.003}
     records = [
         Record("1", "/v1/recommend", 200, 0.3, cold),
         Record("2", "/v1/recommend", 200, 0.02, warm),
@@ -31,10 +31,12 @@ def test_requests_stages_and_known_preferences_are_counted() -> None:
         'ctd_stage_seconds_count{stage="preference"} 1.0',
         'ctd_preference_cache_total{outcome="hit"} 1.0',
         'ctd_preference_cache_total{outcome="miss"} 1.0',
+        'ctd_text_cache_total{outcome="hit"} 0.0',
+        'ctd_text_cache_total{outcome="miss"} 1.0',
         'ctd_version_info{version="v1"} 1.0',
     ):
         assert line in lines
-    assert not any(CACHE_HIT in line for line in lines if line.startswith("ctd_stage"))
+    assert not any("_cached" in line for line in lines if line.startswith("ctd_stage"))
 
 
 def test_the_recall_is_that_of_the_version_served() -> None:
