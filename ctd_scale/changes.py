@@ -7,14 +7,17 @@ from the catalogue of `interactions`, by item id, so that it also holds over mod
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,12 +29,14 @@ from ctd_scale.interactions.quarantine import list_paths
 from ctd_scale.interactions.reading import expand
 from ctd_scale.interactions.schema import ATTRIBUTE, BadInputError, clean_titles
 from ctd_scale.interactions.sources import RawSource, require_item_columns
+from ctd_scale.terminal import console
 
 FOLDER, CURRENT, ITEMS = "changes", "changes/current.json", "items.parquet"
 SCHEMA = pa.schema(
     [("item_id", pa.string()), ("title", pa.string()), ("category", pa.string()), ("deleted", pa.bool_())]
 )
 MAX_NAMED = 5
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -187,10 +192,28 @@ def next_version(
         "built": number if with_index else before.built,
         "said": said,
     }
+    for begun in (run.root / ".staging").glob(f"{FOLDER}-*"):  # of what was killed: nobody else is at work
+        shutil.rmtree(begun, ignore_errors=True)
     with run.publish(_name(number), config_hash="", inputs=inputs, facts=facts) as folder:
         write_table(table, folder / ITEMS)
         yield folder
     _put_in_force(run, number, number)
+
+
+def prune(run: Run, keep: int) -> list[int]:
+    """Remove all versions but the latest `keep`, the one in force, and those that hold their indexes; returns what was
+    removed. What was made from a version that is gone stays whole."""
+    with alone(run):
+        number, _ = in_force(run)
+        known = {int(facts["version"]): int(facts["built"]) for facts in versions(run)}
+        kept = {number, *sorted(known)[max(0, len(known) - keep) :]}
+        kept |= {known[each] for each in kept if each in known}
+        gone = sorted(set(known) - kept)
+        filesystem, base = fsspec.url_to_fs(run.url)
+        for each in gone:
+            filesystem.rm_file(f"{base}/{_name(each)}/{MANIFEST}")  # it goes first: what follows is not published
+            filesystem.rm(f"{base}/{_name(each)}", recursive=True)
+        return gone
 
 
 def _change(run: Run, rows: Callable[[Changes], pa.Table], said: str) -> Changes:
@@ -205,12 +228,20 @@ def _change(run: Run, rows: Callable[[Changes], pa.Table], said: str) -> Changes
 
 
 @contextmanager
-def alone(run: Run) -> Iterator[None]:
-    """One change at a time on this machine; a second one waits."""
+def alone(run: Run, doing: str = "") -> Iterator[None]:
+    """One change at a time on this machine, or one of those that are `doing` the same; a second one waits. Where the
+    file system has no locks, nobody does."""
     folder = run.root / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / f".{doing}lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(f"waiting for another process that changes the catalogue of {run.url}", highlight=False)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # as of some network mounts: better unguarded than not at all
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 

@@ -70,6 +70,18 @@ def rollback(
     console.print(roll_back(Run.open(run), to).summary, highlight=False)
 
 
+@index.command()
+def prune(
+    run: RunOption,
+    keep: Annotated[int, typer.Option(min=0, help="how many of the latest versions stay")] = 10,
+) -> None:
+    """Remove old versions of the catalogue; the one in force and its index stay."""
+    from ctd_scale.changes import prune as remove_old
+
+    gone = remove_old(Run.open(run), keep)
+    console.print(f"removed {len(gone):,} versions{': ' if gone else ''}{', '.join(map(str, gone))}", highlight=False)
+
+
 @index.command("versions")
 def list_versions(run: RunOption) -> None:
     """The versions of the catalogue, and the one in force."""

@@ -6,6 +6,7 @@ its words (retrieval/cold.py), and where it is in a history it is read as the tr
 
 from __future__ import annotations
 
+import shutil
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Bool, Float32, Float64, Int32
 from numpy import ndarray
 
-from ctd_scale.artifacts import Artifact, Run
+from ctd_scale.artifacts import Artifact, ArtifactError, Run
 from ctd_scale.batches import ITEM_COLUMNS, Catalogue, Preferences
 from ctd_scale.changes import Changes, alone, fetch_version, next_version, read_changes
 from ctd_scale.config import RunConfig
@@ -155,9 +157,13 @@ def rebuild_index(run: Run, artifacts: Mapping[str, Artifact], config: RunConfig
     """Build the index of the catalogue as it is now, and put it in force as the next version.
 
     Items that were put in are then in the large index, their words weigh what they weigh in the new catalogue, and the
-    engine is calibrated over all of them.
+    engine is calibrated over all of them. What is changed while it is built lies on top of it. Raises ArtifactError
+    where what it was built of was rolled back meanwhile.
     """
-    with alone(run):
+    aside = run.root / ".staging" / "rebuild"
+    with alone(run, "rebuild-"):
+        shutil.rmtree(aside, ignore_errors=True)  # of what was killed
+        aside.mkdir(parents=True)
         before = read_changes(run)
         base = load_base(run, artifacts, before)
         live = apply_changes(base, before)
@@ -167,13 +173,18 @@ def rebuild_index(run: Run, artifacts: Mapping[str, Artifact], config: RunConfig
         trained = np.zeros(len(live.catalogue), np.int64)
         trained[: len(base.trained)] = base.trained
         vectors = live.retriever.vectors[:]
-        with next_version(
-            run, before, before.table, "built the index anew", {"index": artifacts["index"].digest}, with_index=True
-        ) as folder:
-            build_index(vectors, live.catalogue, config.retrieval, folder / INDEX, config.seed, asked, trained)
-            live.catalogue.save(folder / INDEX)
-            np.save(folder / READ_AS, live.read_as)
-        return read_changes(run)
+        build_index(vectors, live.catalogue, config.retrieval, aside / INDEX, config.seed, asked, trained)
+        live.catalogue.save(aside / INDEX)
+        np.save(aside / READ_AS, live.read_as)
+        with alone(run):
+            now, inputs = read_changes(run), {"index": artifacts["index"].digest}
+            if not pc.all(pc.is_in(before.table["item_id"], now.table["item_id"].combine_chunks())).as_py():
+                raise ArtifactError(f"{run.url} was rolled back while its index was built anew; rebuild it once more")
+            with next_version(run, now, now.table, "built the index anew", inputs, with_index=True) as folder:
+                for part in aside.iterdir():
+                    part.rename(folder / part.name)
+            aside.rmdir()
+            return read_changes(run)
 
 
 def _numbers(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
@@ -47,12 +48,29 @@ class HybridRetriever:
         if not self.pi >= 0:
             raise ValueError(f"retrieval.pi={self.pi}, expected >= 0: a match must never lower a score")
 
+    @cached_property
+    def _gone(self) -> int:
+        """How many items are deleted."""
+        return 0 if self.deleted is None else int(np.count_nonzero(self.deleted))
+
     def matches(self, texts: list[str], limit: int) -> list[Int32[ndarray, "matches"]]:
         """The match set of each text, at most `limit` items, best first."""
         if self.text is None:
             return [np.empty(0, dtype=np.int32) for _ in texts]
         found = self.text.matches(texts, limit)
-        return found if self.deleted is None else [ids[~self.deleted[ids]] for ids in found]
+        return found if self.deleted is None else [self._left(*each, limit) for each in zip(texts, found, strict=True)]
+
+    def _left(self, text: str, found: Int32[ndarray, "_"], limit: int) -> Int32[ndarray, "matches"]:
+        """What is not deleted of the matches that were found, and of further ones where that is too few."""
+        assert self.text is not None
+        assert self.deleted is not None
+        looked_for = limit
+        while True:
+            left = found[~self.deleted[found]]
+            if len(left) >= limit or len(found) < looked_for:
+                return left[: max(0, limit)]
+            looked_for *= 2
+            (found,) = self.text.matches([text], looked_for)
 
     def pool(
         self,
@@ -70,7 +88,7 @@ class HybridRetriever:
         self._check(excluded, batch, "excluded")
         self._check(matches, batch, "matches")
         # Whoever may see only a part of the catalogue (a category) has that part searched, and the others the index.
-        narrow = [len(each) > items // 2 for each in excluded]
+        narrow = [len(each) + self._gone > items // 2 for each in excluded]
         pairs = [
             user * items + self._among(queries[user], matches[user], excluded[user], size)
             for user in np.flatnonzero(narrow).tolist()

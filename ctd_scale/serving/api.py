@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any, Protocol, TypeVar
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from ctd_scale import __version__
 from ctd_scale.config_serving import ServingConfig
-from ctd_scale.serving.middleware import STAGES, BodyLimit, Door, Guarded, Observed, Record
+from ctd_scale.serving.middleware import STAGES, BodyLimit, Door, Guarded, Observed, Record, Staged
 from ctd_scale.serving.schema import (
     MAX_CHARS,
     BatchRequest,
@@ -87,7 +87,7 @@ class Backend(Protocol):
     async def similar(self, item_id: str, k: int) -> dict[str, Any]: ...
     async def find(self, query: str, k: int) -> dict[str, Any]: ...
     async def metrics(self) -> str: ...
-    def observe(self, record: Record) -> None: ...
+    def observe(self, record: Record | Staged) -> None: ...
 
 
 def make_api(backend: Backend, config: ServingConfig, *, proxied: bool = False) -> FastAPI:
@@ -153,7 +153,9 @@ def make_api(backend: Backend, config: ServingConfig, *, proxied: bool = False) 
                 request = RecommendRequest.model_validate(given)
                 check_limits(request, config)
                 limit = allowed_seconds(request.deadline_ms, config)
-                return (await asyncio.wait_for(backend.recommend(request), limit)).body
+                answered = await asyncio.wait_for(backend.recommend(request), limit)
+                backend.observe(Staged(answered.seconds))
+                return answered.body
             except ValidationError as error:
                 return {"error": _encodable("; ".join(map(_described, error.errors()[:MAX_PROBLEMS])))}
             except RequestError as error:
@@ -163,7 +165,7 @@ def make_api(backend: Backend, config: ServingConfig, *, proxied: bool = False) 
                     raise
                 return {"error": f"no answer within {limit:g} s"}
 
-        return {"responses": await in_time(asyncio.gather(*map(one, request.requests)))}
+        return {"responses": await in_time(together(map(one, request.requests)))}
 
     some = Query(10, ge=1, le=config.max_k)
 
@@ -194,6 +196,16 @@ def _add_page(api: FastAPI) -> None:
             return Response(text, media_type=media_type, headers=PAGE_HEADERS)
 
         api.add_api_route(path, file, include_in_schema=False, response_model=None)
+
+
+async def together(answers: Iterable[Coroutine[Any, Any, Found]]) -> list[Found]:
+    """All of them; where one fails, the others are given up, too: nobody will see them."""
+    tasks = [asyncio.ensure_future(each) for each in answers]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def allowed_seconds(deadline_ms: int | None, config: ServingConfig) -> float:

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,7 @@ from ctd_scale.serving.deployments import App
 from ctd_scale.serving.preference import Preference
 from ctd_scale.serving.release import Source, source_of
 from ctd_scale.serving.shards import Shard
+from ctd_scale.serving.step import TRANSIENT
 from ctd_scale.terminal import ServingError, console
 from ctd_scale.training import start_ray
 
@@ -50,6 +52,7 @@ QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 def build_app(source: Source) -> serve.Application:
     """The application that begins with this version."""
+    source = replace(source, application=source.as_started)
     config = source.config
     serving, gpus = config.serving, GPU_SHARE if config.resources.llm.use_gpu else 0.0
     # One for all: it is asked about versions, and counts what everybody answers. It is never in the way of an answer.
@@ -114,13 +117,14 @@ def swap(run: Run, config: RunConfig, called_off: Callable[[], bool] = lambda: F
     wanted: Source = _ask_coordinator("publish", source_of(run, config))
     deadline = time.monotonic() + SWAP_TIMEOUT_S + config.serving.swap_warm_up_s
     while True:
-        served = _ask_coordinator("serves", wanted)
-        now: Source = _ask_coordinator("current", wanted)  # its catalogue may have been changed meanwhile
-        if now.instead_of:
-            raise RuntimeError(f"a replica could not load it; serving version {now.version}: {now.instead_of}")
-        if served:
-            _say_tuned(now)
-            return now.version
+        with suppress(*TRANSIENT):  # the coordinator is away, and back in a moment
+            served = _ask_coordinator("serves", wanted)
+            now: Source = _ask_coordinator("current", wanted)  # its catalogue may have been changed meanwhile
+            if now.instead_of:
+                raise RuntimeError(f"a replica could not load it; serving version {now.version}: {now.instead_of}")
+            if served:
+                _say_tuned(now)
+                return now.version
         if time.monotonic() > deadline or called_off():
             said = "called off" if called_off() else "logs/serving of the run that was served first says why"
             raise RuntimeError(f"version {wanted.version} is not served by every replica yet; {said}")
@@ -228,8 +232,9 @@ def _wait_for_signal(reload: Callable[[Callable[[], bool]], str]) -> None:
         woken.clear()
         try:
             console.print(f"now serving version {reload(woken.is_set)}", highlight=False)
-        except (ValueError, RuntimeError, OSError) as error:  # what is served goes on being served
-            console.print(f"not swapped: {error}", style="red", highlight=False, soft_wrap=True)
+        except Exception as error:  # whatever it is, what is served goes on being served
+            said = str(error) or type(error).__name__
+            console.print(f"not swapped: {said}", style="red", highlight=False, soft_wrap=True, markup=False)
     for number, handler in {**stops, signal.SIGHUP: before}.items():
         signal.signal(number, handler)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ctd_scale.artifacts import ArtifactError
 from ctd_scale.serving.known import Answers, Shared
-from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.middleware import Record, Staged
 from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.release import Source, changed, serving_log
 from ctd_scale.serving.step import KEPT_VERSIONS
@@ -44,8 +44,10 @@ class Coordinator:
 
     async def current(self, known: Source | None) -> Source:
         """What is to be served. Whoever asks brings what it serves: after a failure this process knows no more than
-        what it was started with, and learns the rest from them."""
-        if known is not None and known.number > self._sources[-1].number:
+        what it was started with, and learns the rest from them; but not from replicas of an application that this one
+        takes the place of."""
+        served = self._sources[-1]
+        if known is not None and known.application == served.application and known.number > served.number:
             self._keep(known)
         await self._look_for_changes()
         return self._sources[-1]
@@ -70,7 +72,7 @@ class Coordinator:
     async def publish(self, source: Source) -> Source:
         """Serve this from now on."""
         self._before = self._sources[-1]
-        self._keep(replace(source, number=self._sources[-1].number + 1))
+        self._keep(replace(source, number=self._before.number + 1, application=self._before.application))
         return self._sources[-1]
 
     async def refuse(self, refused: Source, why: str) -> None:
@@ -124,14 +126,16 @@ class Coordinator:
             self._shared = Shared(reader, current.config.serving.cached_preferences)
         return self._shared.exchange(said, heard)
 
-    async def observe(self, records: Sequence[Record | Probe]) -> None:
+    async def observe(self, records: Sequence[Record | Staged | Probe]) -> None:
         """Count these requests, and what was probed."""
         self._telemetry.observe(records)
 
-    async def metrics(self, records: Sequence[Record | Probe] = ()) -> str:
+    async def metrics(self, records: Sequence[Record | Staged | Probe] = ()) -> str:
         """Everything counted, these included, in Prometheus' text format."""
         self._telemetry.observe(records)
-        return self._telemetry.text(self._sources[-1].version)
+        self._endpoints, served = _alive(self._endpoints), self._sources[-1]
+        behind = sum(endpoint.number < served.number for endpoint in self._endpoints.values())
+        return self._telemetry.text(served.version, behind)
 
     def _keep(self, source: Source) -> None:
         """The latest source of each of the latest models."""

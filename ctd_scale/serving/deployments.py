@@ -12,12 +12,13 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,18 @@ from ctd_scale.recommender import Recommendation, excluded_items, timed
 from ctd_scale.retrieval.boosts import Boosts
 from ctd_scale.serving.api import Answered, make_api
 from ctd_scale.serving.known import Asked
-from ctd_scale.serving.middleware import Door, Record, access_log
+from ctd_scale.serving.middleware import Door, Record, Staged, access_log
 from ctd_scale.serving.picture import flattened
 from ctd_scale.serving.probe import Probe, Searched, keep_probing
 from ctd_scale.serving.release import Release, Source, open_release, serving_log
 from ctd_scale.serving.schema import RecommendRequest, RequestError, picture_object, ranked_items, response_object
 from ctd_scale.serving.shards import Shards
-from ctd_scale.serving.step import FOLLOW_S, TRANSIENT, Step, configure_batches, result_of
+from ctd_scale.serving.step import FOLLOW_S, TRANSIENT, Step, batched, result_of
 from ctd_scale.serving.telemetry import cached
 
 SEND_RECORDS_S = 0.5
 SHARE_S = 1.0  # how soon a replica learns of what the LLM told another one
+RETRY_S = 5.0  # until a catalogue that could not be loaded is tried again
 MAX_ASKED = 10_000  # users or histories that a replica remembers to have been asked about
 LOG_BYTES, LOG_FILES = 50_000_000, 4
 MAX_SAID = 400  # characters of an error
@@ -60,6 +62,11 @@ class Order:
     excluded: Int32[ndarray, "_"]
     k: int
     boosts: Boosts | None = None
+
+
+Ranked = tuple[Recommendation, dict[str, float]]
+# A history as the models read it, what may not come back, and what is to gain or lose.
+Resolved = tuple[Int32[ndarray, "_"], Int32[ndarray, "_"], Boosts | None]
 
 
 @serve.ingress()
@@ -82,12 +89,12 @@ class App(Step):
         super().__init__(threads=1)
         self._shards = Shards(shards, asyncio.get_running_loop(), config.request_timeout_s)
         self._config, self._preference, self._coordinator = config, preference, coordinator
-        self._records: list[Record | Probe] = []
+        self._records: list[Record | Staged | Probe] = []
         self._asked = Asked(min(config.cached_preferences, MAX_ASKED))
         self._searched: Searched | None = None
         self._warm, self._in_progress, self._refused = False, 0, -1
         self.door = Door()
-        configure_batches(config, self._ranked)
+        self._ranked = batched(config, self._rank)
         self._release = await self._opened(await coordinator.current.remote(None))
         await self._share(self._release)  # a replica that load has called for begins with what the others know
         open_logs(self._release.source.run.root / "logs" / "serving", config.access_log)
@@ -126,7 +133,8 @@ class App(Step):
 
     async def _take_up(self) -> None:
         """Serve what the coordinator says, as soon as all of it is there. A queue that is full or a process that is
-        away is asked again; what cannot be loaded is not, and the coordinator is told."""
+        away is asked again, and so is a catalogue that cannot be loaded; models that cannot be loaded are not, and the
+        coordinator is told."""
         source = self._release.source
         try:
             source = await self._coordinator.current.remote(source)
@@ -139,8 +147,10 @@ class App(Step):
             serving_log.exception("still serving version %s", self.version)
         except Exception as error:
             serving_log.exception("still serving version %s", self.version)
-            self._refused = source.number
-            if not source.same_but_for_changes(self._release.source):
+            if source.same_but_for_changes(self._release.source):  # what was deleted must not stay
+                await asyncio.sleep(RETRY_S)
+            else:
+                self._refused = source.number
                 self._coordinator.refuse.remote(source, _in_short(error))
 
     async def _can_be_asked(self, source: Source) -> bool:
@@ -162,20 +172,13 @@ class App(Step):
                 await asyncio.sleep(FOLLOW_S)
             await self._share(release)
 
-    async def _close_when_told(self) -> None:
-        """Tell the coordinator what is served here. Close the door where it says so, and tell it when nobody is inside
-        any more."""
-        me = uuid.uuid4().hex
-        while True:
-            await asyncio.sleep(FOLLOW_S)
-            with suppress(*TRANSIENT):
-                empty = self.door.closed and not self.door.inside
-                self.door.closed = await self._coordinator.closing.remote(me, self._release.source.number, empty)
-
     async def _keep_sharing(self) -> None:
         while True:
             await asyncio.sleep(SHARE_S)
-            await self._share(self._release)
+            try:
+                await self._share(self._release)
+            except Exception:  # whatever it is, this goes on
+                serving_log.exception("what the LLM said is not shared")
 
     async def _share(self, release: Release) -> None:
         """Tell the other replicas what the LLM said, and hear what it said to them."""
@@ -207,34 +210,38 @@ class App(Step):
             await self._ranked(Order(self._release, preference, history, "", history[:0], 1))
             self._warm = True
 
-    async def recommend(self, request: RecommendRequest) -> Answered:
-        release = self._release
-        history, excluded = _resolved(release, request)
-        self._asked.add(request.user_id, (request.history or [])[-release.source.config.llm.max_history :])
-        boosts = release.directory.boosts(request.boosts)
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Whoever has to wait behind too many is refused."""
         limit = self._config.max_ongoing_requests + self._config.max_queued_requests
         if self._in_progress >= limit:
             raise BackPressureError(num_queued_requests=self._in_progress, max_queued_requests=limit)
         self._in_progress += 1
         try:
-            seconds: dict[str, float] = {}
+            yield
+        finally:
+            self._in_progress -= 1
+
+    async def recommend(self, request: RecommendRequest) -> Answered:
+        release, seconds = self._release, dict[str, float]()
+        with self._admitted():
+            history, excluded, boosts = await _resolved(release, request)
+            self._asked.add(request.user_id, (request.history or [])[-release.source.config.llm.max_history :])
             preference = await self._preference_after(release, history, seconds)
             text = await self._said("text", release, history, seconds) if request.explain else ""
             order = Order(release, preference, history, text, excluded, request.k, boosts)
             recommendation, behind = await self._ranked(order)
-        finally:
-            self._in_progress -= 1
         self._searched = Searched(release.version, release.rank.retrieve.retriever, preference)
         return Answered(response_object(release.version, recommendation, release.catalogue), seconds | behind)
 
-    @serve.batch  # type: ignore[untyped-decorator]
-    async def _ranked(self, orders: list[Order]) -> list[tuple[Recommendation, dict[str, float]]]:
-        return await self._compute(self._rank_all, orders)
+    async def _rank(self, orders: list[Order]) -> list[Ranked]:
+        found: list[Ranked] = await self._compute(self._rank_all, orders)
+        return found
 
-    def _rank_all(self, orders: list[Order]) -> list[tuple[Recommendation, dict[str, float]]]:
+    def _rank_all(self, orders: list[Order]) -> list[Ranked]:
         """Answers to requests that came together, and the seconds of each part for all of them. The list for k is the
         beginning of that for a larger k."""
-        found: dict[int, tuple[Recommendation, dict[str, float]]] = {}
+        found: dict[int, Ranked] = {}
         for version in {order.release.version for order in orders}:
             places = [place for place, order in enumerate(orders) if order.release.version == version]
             chosen, seconds = [orders[place] for place in places], dict[str, float]()
@@ -254,11 +261,12 @@ class App(Step):
 
     async def picture(self, request: RecommendRequest) -> dict[str, Any]:
         release = self._release
-        history, excluded = _resolved(release, request)
-        preference = await self._preference_after(release, history, {})
-        draws = await self._compute(release.rank.density.draws, preference[None])
-        near = partial(release.rank.retrieve.pool, draws=draws, histories=None)
-        pool = await self._compute(near, preference[None], [""], [excluded])
+        with self._admitted():
+            history, excluded, _ = await _resolved(release, request)
+            preference = await self._preference_after(release, history, {})
+            draws = await self._compute(release.rank.density.draws, preference[None])
+            near = partial(release.rank.retrieve.pool, draws=draws, histories=None)
+            pool = await self._compute(near, preference[None], [""], [excluded])
         nearest = np.argsort(-pool.cosines[0], kind="stable")[: request.k]
         nearest = nearest[pool.ids[0, nearest] >= 0]
         units = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (preference[None], draws[0])]
@@ -267,14 +275,16 @@ class App(Step):
 
     async def similar(self, item_id: str, k: int) -> dict[str, Any]:
         release = self._release
-        ids, cosines = await self._compute(release.rank.retrieve.similar, release.directory.item(item_id), k)
+        with self._admitted():
+            ids, cosines = await self._compute(release.rank.retrieve.similar, release.directory.item(item_id), k)
         found = ids >= 0
         items = ranked_items(ids[found].tolist(), cosines[found].tolist(), release.catalogue)
         return {"version": release.version, "items": items}
 
     async def find(self, query: str, k: int) -> dict[str, Any]:
         release = self._release
-        ids = await self._compute(release.rank.retrieve.find, query, k)
+        with self._admitted():
+            ids = await self._compute(release.rank.retrieve.find, query, k)
         items = ranked_items(ids.tolist(), [1.0 / place for place in range(1, len(ids) + 1)], release.catalogue)
         return {"version": release.version, "items": items}
 
@@ -284,7 +294,7 @@ class App(Step):
         text: str = await result_of(self._coordinator.metrics.remote(records))
         return text
 
-    def observe(self, record: Record | Probe) -> None:
+    def observe(self, record: Record | Staged | Probe) -> None:
         """Keep a record until the next sending, half a second later at most: a call per request would cost more than
         what it tells."""
         self._records.append(record)
@@ -317,8 +327,14 @@ class App(Step):
         return said
 
 
-def _resolved(release: Release, request: RecommendRequest) -> tuple[Int32[ndarray, "_"], Int32[ndarray, "_"]]:
-    """The history of a request as the models read it, and what may not come back. Raises RequestError."""
+async def _resolved(release: Release, request: RecommendRequest) -> Resolved:
+    """What a request means; beside the event loop where all items are looked at for it. Raises RequestError."""
+    if request.looks_at_all_items:
+        return await asyncio.to_thread(_resolve, release, request)
+    return _resolve(release, request)
+
+
+def _resolve(release: Release, request: RecommendRequest) -> Resolved:
     directory = release.directory
     history = directory.history(user_id=request.user_id, history=request.history)
     further = directory.excluded(
@@ -329,7 +345,7 @@ def _resolved(release: Release, request: RecommendRequest) -> tuple[Int32[ndarra
         ranges=request.ranges,
     )
     (excluded,) = excluded_items([history], request.exclude_seen, [further])
-    return release.read_as[history], excluded
+    return release.read_as[history], excluded, directory.boosts(request.boosts)
 
 
 def _reads(release: Release, whom: Sequence[dict[str, Any]]) -> Iterator[Int32[ndarray, "_"]]:
@@ -352,7 +368,7 @@ def open_logs(folder: Path, requests: bool) -> None:
     wanted = {serving_log: "errors.log", **({access_log: "requests.jsonl"} if requests else {})}
     for log, name in wanted.items():
         if not log.handlers:
-            file = folder / f"{os.getpid()}-{name}"
+            file = folder / f"{gethostname()}-{os.getpid()}-{name}"  # nodes may share the folder, and count alike
             log.addHandler(RotatingFileHandler(file, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"))
             log.setLevel(logging.INFO)
             log.propagate = False

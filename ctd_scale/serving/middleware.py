@@ -23,6 +23,7 @@ ID_FORMAT = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 STAGES = "stage_seconds"
 # Asked until the end: whether it is alive, and what it counted.
 LOOKED_AFTER = ("/healthz", "/metrics", "/v1/version")
+LEFT = 499  # the client did not wait for its answer
 access_log = logging.getLogger("ctd_scale.access")
 
 
@@ -35,6 +36,13 @@ class Record:
     status: int
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """The stages of one recommendation of a batch, whose request has a record of its own."""
+
+    stages: dict[str, float]
 
 
 class Observed:
@@ -70,6 +78,9 @@ class Observed:
 
         try:
             await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            status = LEFT
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             record = Record(request_id, route, status, time.perf_counter() - started, dict(state.get(STAGES, {})))

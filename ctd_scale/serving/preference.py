@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 from numpy import ndarray
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ctd_scale.config_serving import ServingConfig
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.recommender import READ_FOR_PREFERENCE, load_preference
 from ctd_scale.serving.release import Source
-from ctd_scale.serving.step import PreparedStep, Versions, configure_batches
+from ctd_scale.serving.step import PreparedStep, Versions, batched
+
+# The reader of a version, and a history.
+OfVersion = tuple[str, Int32[ndarray, "_"]]
 
 
 class Preference(PreparedStep):
@@ -29,23 +31,30 @@ class Preference(PreparedStep):
     ) -> None:
         super().__init__(max(1, (os.cpu_count() or 1) // config.max_replicas))
         self._models: Versions[str, PreferenceModel] = Versions(self._load)
-        configure_batches(config, self.preference, self.text)
+        self._preferences = batched(config, self._preferences_of)
+        self._texts = batched(config, self._texts_of)
         await self._keep_prepared(coordinator, self._load_for)
 
     async def _load_for(self, source: Source) -> None:
         await self._models.of(source.reader)
 
-    @serve.batch  # type: ignore[untyped-decorator]
-    async def preference(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[Float32[ndarray, "cond_dim"]]:
-        """The preference after each history, by the LLM of its version."""
-        return await self._compute(_each, asked, await self._models_of(asked), PreferenceModel.__call__)
+    async def preference(self, asked: OfVersion) -> Float32[ndarray, "cond_dim"]:
+        """The preference after a history, by the LLM of a version."""
+        return await self._preferences(asked)
 
-    @serve.batch  # type: ignore[untyped-decorator]
-    async def text(self, asked: list[tuple[str, Int32[ndarray, "_"]]]) -> list[str]:
-        """What the LLM of each version says after a history."""
-        return await self._compute(_each, asked, await self._models_of(asked), PreferenceModel.texts)
+    async def text(self, asked: OfVersion) -> str:
+        """What the LLM of a version says after a history."""
+        return await self._texts(asked)
 
-    async def _models_of(self, asked: list[tuple[str, ndarray]]) -> dict[str, PreferenceModel]:
+    async def _preferences_of(self, asked: list[OfVersion]) -> list[Float32[ndarray, "cond_dim"]]:
+        found: list[ndarray] = await self._compute(_each, asked, await self._models_of(asked), PreferenceModel.__call__)
+        return found
+
+    async def _texts_of(self, asked: list[OfVersion]) -> list[str]:
+        found: list[str] = await self._compute(_each, asked, await self._models_of(asked), PreferenceModel.texts)
+        return found
+
+    async def _models_of(self, asked: list[OfVersion]) -> dict[str, PreferenceModel]:
         return {version: await self._models.of(version) for version in {version for version, _ in asked}}
 
     async def _load(self, reader: str) -> PreferenceModel:
@@ -53,7 +62,7 @@ class Preference(PreparedStep):
         return await asyncio.to_thread(_warm_preference, source)
 
 
-def _each(asked: list[tuple[str, ndarray]], models: dict[str, PreferenceModel], read: Callable[..., Any]) -> list[Any]:
+def _each(asked: list[OfVersion], models: dict[str, PreferenceModel], read: Callable[..., Any]) -> list[Any]:
     """What `read` gives for each history by the model of its version."""
     found: list[Any] = [None] * len(asked)
     for version, model in models.items():

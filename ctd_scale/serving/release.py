@@ -7,6 +7,8 @@ large is loaded again.
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -49,7 +51,7 @@ class Source:
     """The artifacts of a run at one time: `models` is their version, `reader` that of what says a preference,
     `searched` that of catalogue and index, `version` that of all with the `changes` of this number, which lie on the
     index that was `built` as of that number. `number` counts what was served before; `tuned` is what
-    `serving.target_p99_ms` chose.
+    `serving.target_p99_ms` chose, `application` which of those that were started it belongs to.
     """
 
     run: Run
@@ -63,6 +65,13 @@ class Source:
     number: int = 0
     tuned: Row | None = None
     instead_of: str = ""  # why another one, which was to take its place, is not served
+    application: str = ""
+
+    @property
+    def as_started(self) -> str:
+        """Identity of an application that begins with this: started again with the same, it is the same one."""
+        said = [self.run.url, self.models, self.config.model_dump_json()]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
     @property
     def index(self) -> Index:
@@ -71,7 +80,8 @@ class Source:
 
     def same_but_for_changes(self, other: Source) -> bool:
         """Whether the other is the same run with the same models and settings, whatever its catalogue has become."""
-        mine, its = (replace(each, version="", changes=0, built=0, number=0, instead_of="") for each in (self, other))
+        passing = {"version": "", "changes": 0, "built": 0, "number": 0, "instead_of": "", "application": ""}
+        mine, its = (replace(each, **passing) for each in (self, other))  # type: ignore[arg-type]
         return mine == its
 
     def artifacts(self, read: Collection[str]) -> dict[str, Artifact]:

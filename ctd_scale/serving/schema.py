@@ -78,6 +78,12 @@ class RecommendRequest(_Strict):
     )
     explain: bool = Field(False, description="let the LLM say what the user wants; items that agree with it gain")
 
+    @property
+    def looks_at_all_items(self) -> bool:
+        """Whether every item of the catalogue is looked at before anything is searched for."""
+        wanted = self.categories, self.exclude_categories, self.only_items, self.ranges, self.boosts
+        return any(each not in (None, [], {}) for each in wanted)
+
 
 class RankedItem(_Strict):
     """One recommended item; scores are in units of a cosine and compare within one answer."""

@@ -5,11 +5,12 @@ they are asked for.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextvars
 import uuid
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,10 +26,12 @@ KEPT_VERSIONS = 2
 # How soon an endpoint learns of another version, and what it asks about them.
 FOLLOW_S, PREPARE_S = 0.25, 1.0
 # What passes: nobody is there to answer just now, or all are busy.
-TRANSIENT = (BackPressureError, asyncio.TimeoutError, *UNAVAILABLE)
+TRANSIENT = (BackPressureError, asyncio.TimeoutError, concurrent.futures.TimeoutError, *UNAVAILABLE)
 
 Version = TypeVar("Version", bound=Hashable)
 Loaded = TypeVar("Loaded")
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 
 class Step:
@@ -59,10 +62,15 @@ class PreparedStep(Step):
         me, preparing = uuid.uuid4().hex, None
         while True:
             await asyncio.sleep(PREPARE_S)
-            with suppress(*TRANSIENT):
+            try:
                 source = await self._coordinator.next_after.remote(me, self._prepared_for)
-                if source is not None and (preparing is None or preparing.done()):
-                    preparing = asyncio.create_task(self._prepare(source, load))
+            except TRANSIENT:
+                continue
+            except Exception:  # whatever it is, this goes on
+                serving_log.exception("the coordinator cannot be asked what is next")
+                continue
+            if source is not None and (preparing is None or preparing.done()):
+                preparing = asyncio.create_task(self._prepare(source, load))
 
     async def _prepare(self, source: Source, load: Callable[[Source], Awaitable[object]]) -> None:
         """Load it; what cannot be loaded is given up, and whoever asks for it is told why."""
@@ -71,13 +79,13 @@ class PreparedStep(Step):
         except TRANSIENT:
             return  # it is tried again
         except Exception:
-            serving_log.debug("%s", source.version, exc_info=True)
+            serving_log.warning("version %s cannot be loaded here", source.version, exc_info=True)
         self._prepared_for = source.number
 
 
 class Versions(Generic[Version, Loaded]):
     """What `load` gives for a version, loaded beside what is there, which is given meanwhile; of those that are kept,
-    the one that was not asked for the longest goes first."""
+    the one that was not asked for the longest goes first, before another is loaded: there is room for no more."""
 
     def __init__(self, load: Callable[[Version], Awaitable[Loaded]]) -> None:
         self._load, self._loading = load, asyncio.Lock()
@@ -87,11 +95,51 @@ class Versions(Generic[Version, Loaded]):
         if version not in self._kept:
             async with self._loading:
                 if version not in self._kept:
+                    while len(self._kept) >= KEPT_VERSIONS:
+                        self._kept.popitem(last=False)
                     self._kept[version] = await self._load(version)
         self._kept.move_to_end(version)
-        while len(self._kept) > KEPT_VERSIONS:
-            self._kept.popitem(last=False)
         return self._kept[version]
+
+
+class Batches(Generic[Asked, Answer]):
+    """What comes while `compute` is at work is what it computes next, `most` at a time; where nothing is, it waits
+    `wait_s` for more. Serve's own batches are made up as requests come, each of one, and then wait for their turn.
+
+    Whoever has given up by then is left out; where `compute` fails, all that it was given fail.
+    """
+
+    def __init__(self, compute: Callable[[list[Asked]], Awaitable[list[Answer]]], most: int, wait_s: float) -> None:
+        self._compute, self._most, self._wait_s = compute, most, wait_s
+        self._waiting: deque[tuple[Asked, asyncio.Future[Answer]]] = deque()
+        self._working: asyncio.Task[None] | None = None
+
+    async def __call__(self, asked: Asked) -> Answer:
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((asked, answer))
+        if self._working is None or self._working.done():
+            # Not in the context of the first request, with which Serve gives up whatever is asked in it.
+            self._working = contextvars.Context().run(asyncio.create_task, self._work())
+        return await answer
+
+    async def _work(self) -> None:
+        if self._wait_s:
+            await asyncio.sleep(self._wait_s)
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+            batch = [(asked, answer) for asked, answer in batch if not answer.done()]
+            if not batch:
+                continue
+            try:
+                found = await self._compute([asked for asked, _ in batch])
+            except Exception as error:
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(error)
+            else:
+                for (_, answer), each in zip(batch, found, strict=True):
+                    if not answer.done():
+                        answer.set_result(each)
 
 
 async def result_of(response: DeploymentResponse) -> Any:
@@ -103,8 +151,6 @@ async def result_of(response: DeploymentResponse) -> Any:
         raise
 
 
-def configure_batches(config: ServingConfig, *methods: Any) -> None:
-    """What comes together is computed together."""
-    for method in methods:
-        method.set_max_batch_size(config.max_batch_size)
-        method.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)
+def batched(config: ServingConfig, compute: Callable[[list[Asked]], Awaitable[list[Answer]]]) -> Batches[Asked, Answer]:
+    """What comes together is computed together, as `[serving]` says."""
+    return Batches(compute, config.max_batch_size, config.batch_wait_ms / 1000)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.middleware import Record, Staged
 from ctd_scale.serving.probe import PROBED, Probe
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -48,16 +48,18 @@ class Telemetry:
         )
         self._probed: set[str] = set()
         self._version = Gauge("ctd_version_info", "1 for what is served.", ["version"], registry=registry)
+        self._behind = Gauge("ctd_replicas_behind", "Endpoints that do not serve it yet.", registry=registry)
 
-    def observe(self, records: Sequence[Record | Probe]) -> None:
+    def observe(self, records: Sequence[Record | Staged | Probe]) -> None:
         """Count these requests, and what was probed."""
         for record in records:
             if isinstance(record, Probe):
                 self._recall.labels(record.version).observe(record.recall)
                 self._probed.add(record.version)
                 continue
-            self._requests.labels(record.route, str(record.status)).inc()
-            self._seconds.labels(record.route).observe(record.seconds)
+            if isinstance(record, Record):
+                self._requests.labels(record.route, str(record.status)).inc()
+                self._seconds.labels(record.route).observe(record.seconds)
             known = {cached(stage) for stage in self._caches}
             for stage, seconds in record.stages.items():
                 if stage not in known:
@@ -68,11 +70,12 @@ class Telemetry:
                 elif stage in record.stages:
                     cache.labels("miss").inc()
 
-    def text(self, version: str) -> str:
-        """Everything in Prometheus' text format, and the version that is served."""
+    def text(self, version: str, behind: int) -> str:
+        """Everything in Prometheus' text format, the version that is served, and how many replicas are `behind` it."""
         for other in self._probed - {version}:
             self._recall.remove(other)
         self._probed &= {version}
         self._version.clear()
         self._version.labels(version).set(1)
+        self._behind.set(behind)
         return generate_latest(self._registry).decode()

@@ -15,7 +15,7 @@ from ctd_scale.artifacts import MAKERS
 from ctd_scale.config import load_config
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.probe import Probe
-from ctd_scale.serving.telemetry import CACHE_HIT, Telemetry
+from ctd_scale.serving.telemetry import Telemetry, cached
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.toml"))
@@ -179,11 +179,12 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     telemetry.observe(
         [
             Record("1", "/v1/recommend", 200, 0.3, {"preference": 0.2}),
-            Record("2", "/", 200, 0.1, {CACHE_HIT: 0.0}),
+            Record("2", "/", 200, 0.1, {cached("preference"): 0.0, cached("text"): 0.0}),
             Probe("v1", 0.9),
         ]
     )
-    names = {line.split("{")[0].split(" ")[0] for line in telemetry.text("v1").splitlines() if not line.startswith("#")}
+    lines = telemetry.text("v1", 0).splitlines()
+    names = {line.split("{")[0].split(" ")[0] for line in lines if not line.startswith("#")}
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     used = {name for expression in asked for name in re.findall(r"ctd_\w+", expression)}
     assert used <= names

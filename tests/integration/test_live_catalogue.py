@@ -8,15 +8,28 @@ import shutil
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from tiny_run import CATEGORIES, COND_DIM, ITEMS, make_tiny_run
 
+from ctd_scale import live
 from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.batches import Ranking, save_rankings
-from ctd_scale.changes import CURRENT, delete, in_force, read_changes, read_items, roll_back, upsert, versions
+from ctd_scale.changes import (
+    CURRENT,
+    alone,
+    delete,
+    in_force,
+    prune,
+    read_changes,
+    read_items,
+    roll_back,
+    upsert,
+    versions,
+)
 from ctd_scale.cli import main
 from ctd_scale.interactions.schema import BadInputError
 from ctd_scale.live import rebuild_index
@@ -163,6 +176,78 @@ def test_built_anew_it_answers_as_before_and_can_be_changed_further(run: Run, ex
     assert ids_of(Recommender(run)) == ids_of(before)
 
 
+def test_what_is_changed_while_the_index_is_built_lies_on_top_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    upsert(run, items(("a", "Red Empire", "drama")))
+    build = live.build_index
+
+    def slowly(*arguments: Any) -> Any:
+        done = build(*arguments)
+        delete(run, ["i2", "a"])
+        upsert(run, items(("b", "Blue Garden", "crime")))
+        return done
+
+    monkeypatch.setattr(live, "build_index", slowly)
+    changes = rebuild_index(run, load_artifacts(run), run.read_config())
+    assert (changes.number, changes.built) == (4, 4)
+    assert [(each["version"], each["based_on"]) for each in versions(run)][-1] == (4, 3)
+    now = ids_of(Recommender(run))
+    assert "b" in now
+    assert not {"i2", "a"} & set(now)
+    assert not list((run.root / ".staging").iterdir())
+
+    def rolled_back(*arguments: Any) -> Any:
+        done = build(*arguments)
+        roll_back(run, 0)
+        return done
+
+    monkeypatch.setattr(live, "build_index", rolled_back)
+    with pytest.raises(ArtifactError, match="rolled back while its index was built anew"):
+        rebuild_index(run, load_artifacts(run), run.read_config())
+    assert in_force(run) == (0, 4)
+
+
+def test_old_versions_go_and_what_is_in_force_stays_whole(run: Run) -> None:
+    upsert(run, items(("a", "Red Empire", "drama")))
+    rebuild_index(run, load_artifacts(run), run.read_config())
+    for item in "bcde":
+        upsert(run, items((item, "Blue Garden", "crime")))
+    wanted = ids_of(Recommender(run))
+    begun = run.root / ".staging" / "changes-000007-0123abcd"  # of one that was killed
+    begun.mkdir(parents=True)
+    assert prune(run, 2) == [1, 3, 4]
+    assert [each["version"] for each in versions(run)] == [2, 5, 6]
+    assert ids_of(Recommender(run)) == wanted
+    with pytest.raises(ArtifactError, match="changes/000004 does not exist"):
+        roll_back(run, 4)
+    roll_back(run, 5)
+    assert prune(run, 0) == [6]
+    assert upsert(run, items(("f", "Blue Garden", "crime"))).number == 7
+    assert not begun.exists()
+    assert {"a", "b", "c", "d", "f"} <= set(ids_of(Recommender(run)))
+    assert "e" not in ids_of(Recommender(run))
+
+
+def test_a_change_that_has_to_wait_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with alone(run):
+        waiting = threading.Thread(target=delete, args=(run, ["i1"]))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+    waiting.join()
+    assert "waiting for another process" in capsys.readouterr().out
+    assert in_force(run) == (1, 1)
+
+
+def test_titles_are_found_however_many_better_ones_were_taken_out(run: Run) -> None:
+    upsert(run, items(*((f"star{number}", "Star Star", "") for number in range(6)), ("last", "Star Gazers Night", "")))
+    whole = Recommender(run)
+    best = [whole.catalogue.item_ids[place] for place in whole.rank.retrieve.find("star", 7)]
+    assert best[-1] == "last"
+    delete(run, best[:6])
+    left = Recommender(run)
+    assert [left.catalogue.item_ids[place] for place in left.rank.retrieve.find("star", 2)] == ["last"]
+
+
 def test_numbers_of_items_change_with_them(run: Run, tmp_path: Path) -> None:
     assert Recommender(run).catalogue.attributes.keys() == {"price"}, "the tiny run has prices"
     (tmp_path / "new.csv").write_text("item_id,title,price\na,Alpha,7.5\ni3,Renamed,2\nb,Beta,\n")
@@ -303,11 +388,13 @@ def test_by_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ctd("rebuild", *where)
     ctd("rollback", *where)
     ctd("versions", *where)
+    ctd("prune", *where, "--keep", "2")
     out = capsys.readouterr().out
     assert "version 1: put in or altered 2 items; 2 put in or altered, 0 taken out since the run was made" in out
     assert "version 2: took out 2 items; 1 put in or altered, 2 taken out since the run was made" in out
     assert "*    2  from    1  took out 2 items" in out
     assert "     3  from    2  built the index anew" in out
+    assert "removed 1 versions: 1" in out
     assert json.loads((run.root / CURRENT).read_text()) == {"version": 2, "latest": 3}
     with pytest.raises(SystemExit, match="2"):
         main(["index", "delete", *where])

@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from ctd_scale.config_serving import ServingConfig
 from ctd_scale.serving.api import Answered, make_api
-from ctd_scale.serving.middleware import Door, Record
+from ctd_scale.serving.middleware import Door, Record, Staged
 from ctd_scale.serving.schema import RecommendRequest, RequestError, UnknownItemError, UnknownUserError
 
 CONFIG = ServingConfig(max_k=50, max_history=4, max_requests=3, max_body_bytes=1000, request_timeout_s=0.05)
@@ -36,14 +36,19 @@ class Pretended:
     def __init__(self) -> None:
         self.tuned: dict[str, float] | None = None
         self.door = Door()
-        self.records: list[Record] = []
+        self.records: list[Record | Staged] = []
+        self.given_up: list[str] = []
 
     async def ready(self) -> None:
         pass
 
     async def recommend(self, request: RecommendRequest) -> Answered:
         if request.user_id == "slow":
-            await asyncio.sleep(30)
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                self.given_up.append("slow")
+                raise
         for error in (
             RequestError("history: no"),
             UnknownUserError("user_id: no '\ud800'"),
@@ -71,7 +76,7 @@ class Pretended:
     async def metrics(self) -> str:
         return "ctd_requests_total 3.0\n"
 
-    def observe(self, record: Record) -> None:
+    def observe(self, record: Record | Staged) -> None:
         self.records.append(record)
 
 
@@ -292,6 +297,32 @@ def test_a_batch_answers_each_and_names_what_is_wrong_with_one(ask: Ask) -> None
     response = ask("POST", "/v1/recommend:batch", json={"requests": late})
     assert response.json() == {"responses": [ANSWER, {"error": "no answer within 0.01 s"}]}
     assert ask("POST", "/v1/recommend:batch", json={"requests": [*late, {"user_id": "slow"}]}).status_code == 504
+
+
+def test_a_batch_that_is_refused_leaves_nothing_behind(ask: Ask, backend: Pretended) -> None:
+    busy = [{"user_id": "slow"}, {"user_id": "BackPressureError"}, {"user_id": "slow"}]
+    assert ask("POST", "/v1/recommend:batch", json={"requests": busy}).status_code == 429
+    assert backend.given_up == ["slow", "slow"]
+
+
+def test_the_stages_of_a_batch_are_counted(ask: Ask, backend: Pretended) -> None:
+    ask("POST", "/v1/recommend:batch", json={"requests": [{"user_id": "a"}, {"user_id": "b"}]})
+    assert [each.stages for each in backend.records] == [{"preference": 0.25, "rank": 0.001}] * 2 + [{}]
+
+
+def test_who_leaves_is_no_failure_of_the_server(backend: Pretended) -> None:
+    async def leave() -> None:
+        transport = httpx.ASGITransport(make_api(backend, CONFIG.model_copy(update={"request_timeout_s": 30})))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            asked = asyncio.create_task(client.post("/v1/recommend", json={"user_id": "slow"}))
+            await asyncio.sleep(0.1)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+
+    asyncio.run(leave())
+    (record,) = backend.records
+    assert isinstance(record, Record)
+    assert record.status == 499
 
 
 def test_items_like_one_and_items_by_name(ask: Ask) -> None:

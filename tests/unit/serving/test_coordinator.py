@@ -114,3 +114,34 @@ def test_all_is_closed_when_every_endpoint_that_is_alive_is(tmp_path: Path, monk
         assert await coordinator.close(), "b is not there any more"
 
     asyncio.run(closed())
+
+
+def test_what_another_application_served_is_not_taken_up(tmp_path: Path) -> None:
+    """As where `args` of a Serve config name another run, while replicas of the former application still answer."""
+    first = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "index", "first", application="a")
+    other = replace(first, models="other", version="other", application="b")
+
+    async def served() -> None:
+        coordinator = coordinates(other)
+        assert await coordinator.current(replace(first, number=5)) == other
+        later = replace(other, version="changed", number=5)
+        assert await coordinator.current(later) == later, "its own have gone on while it was away"
+        published = await coordinator.publish(replace(first, application=""))
+        assert (published.number, published.application) == (6, "b")
+
+    asyncio.run(served())
+    again = replace(first, version="changed", changes=3, number=2)
+    assert first.as_started == again.as_started != other.as_started
+
+
+def test_replicas_that_serve_an_earlier_version_are_counted(tmp_path: Path) -> None:
+    first = Source(Run(str(tmp_path), "run"), RunConfig(), "first", "reader", "index", "first")
+
+    async def counted() -> None:
+        coordinator = coordinates(first)
+        await coordinator.publish(replace(first, version="second"))
+        await coordinator.follow("one", 1, False)
+        await coordinator.follow("other", 0, False)
+        assert "ctd_replicas_behind 1.0" in (await coordinator.metrics()).splitlines()
+
+    asyncio.run(counted())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ctd_scale.config import RunConfig
 from ctd_scale.serving import step as module
 from ctd_scale.serving.coordinator import Coordinator
 from ctd_scale.serving.release import Source
-from ctd_scale.serving.step import PreparedStep, Versions
+from ctd_scale.serving.step import Batches, PreparedStep, Versions
 
 
 def test_what_is_there_is_given_while_another_is_loaded() -> None:
@@ -92,3 +93,72 @@ def test_a_step_loads_what_is_served_next_by_itself(tmp_path: Path, monkeypatch:
         assert step.tried == ["first", "second", "second", "damaged"]
 
     asyncio.run(followed())
+
+
+def test_there_is_never_room_for_more_than_two() -> None:
+    async def given() -> None:
+        most, there = [0], weakref.WeakSet[object]()
+
+        class Model:
+            pass
+
+        async def load(_: str) -> Model:
+            made = Model()
+            there.add(made)
+            most[0] = max(most[0], len(there))
+            return made
+
+        versions = Versions(load)
+        for version in "abcd":
+            await versions.of(version)
+        assert most == [2]
+
+    asyncio.run(given())
+
+
+def test_what_comes_while_others_are_computed_is_the_next_batch() -> None:
+    async def asked() -> None:
+        may_end, batches = asyncio.Event(), list[list[int]]()
+
+        async def compute(numbers: list[int]) -> list[int]:
+            batches.append(numbers)
+            await may_end.wait()
+            if 7 in numbers:
+                raise ValueError("seven")
+            return [10 * number for number in numbers]
+
+        ask = Batches(compute, most=3, wait_s=0.0)
+        waiting = [asyncio.create_task(ask(0))]
+        for number in range(1, 7):
+            await asyncio.sleep(0)
+            waiting.append(asyncio.create_task(ask(number)))
+        await asyncio.sleep(0)
+        waiting[2].cancel()
+        await asyncio.sleep(0)
+        may_end.set()
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert batches == [[0], [1, 3], [4, 5, 6]], "who has given up is left out"
+        assert [each for each in found if isinstance(each, int)] == [0, 10, 30, 40, 50, 60]
+        with pytest.raises(ValueError, match="seven"):
+            await ask(7)
+        assert await ask(8) == 80, "it goes on"
+
+    asyncio.run(asked())
+
+
+def test_it_waits_for_company_where_it_is_told_to() -> None:
+    async def asked() -> None:
+        batches = list[list[int]]()
+
+        async def compute(numbers: list[int]) -> list[int]:
+            batches.append(numbers)
+            return numbers
+
+        ask = Batches(compute, most=8, wait_s=0.05)
+        first = asyncio.create_task(ask(1))
+        await asyncio.sleep(0.01)
+        assert await ask(2) == 2
+        assert await first == 1
+        assert batches == [[1, 2]]
+
+    asyncio.run(asked())

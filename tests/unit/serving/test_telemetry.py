@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ctd_scale.serving.middleware import Record
+from ctd_scale.serving.middleware import Record, Staged
 from ctd_scale.serving.picture import flattened
 from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.telemetry import Telemetry, cached
@@ -18,10 +18,11 @@ def test_requests_stages_and_known_preferences_are_counted() -> None:
         Record("1", "/v1/recommend", 200, 0.3, cold),
         Record("2", "/v1/recommend", 200, 0.02, warm),
         Record("3", "/v1/recommend", 504, 30.0),
+        Staged({"rank": 0.7, cached("preference"): 0.0}),  # one of a batch
     ]
     telemetry.observe(records)
-    assert 'version="v0"' in telemetry.text("v0")
-    lines = telemetry.text("v1").splitlines()
+    assert 'version="v0"' in telemetry.text("v0", 0)
+    lines = telemetry.text("v1", 0).splitlines()
     assert not any('version="v0"' in line for line in lines)
     for line in (
         'ctd_requests_total{route="/v1/recommend",status="200"} 2.0',
@@ -29,10 +30,10 @@ def test_requests_stages_and_known_preferences_are_counted() -> None:
         'ctd_request_seconds_count{route="/v1/recommend"} 3.0',
         'ctd_stage_seconds_bucket{le="0.005",stage="rank"} 2.0',
         'ctd_stage_seconds_count{stage="preference"} 1.0',
-        'ctd_preference_cache_total{outcome="hit"} 1.0',
+        'ctd_preference_cache_total{outcome="hit"} 2.0',
         'ctd_preference_cache_total{outcome="miss"} 1.0',
-        'ctd_text_cache_total{outcome="hit"} 0.0',
         'ctd_text_cache_total{outcome="miss"} 1.0',
+        'ctd_stage_seconds_count{stage="rank"} 3.0',
         'ctd_version_info{version="v1"} 1.0',
     ):
         assert line in lines
@@ -42,7 +43,7 @@ def test_requests_stages_and_known_preferences_are_counted() -> None:
 def test_the_recall_is_that_of_the_version_served() -> None:
     telemetry = Telemetry()
     telemetry.observe([Probe("v0", 0.2), Probe("v1", 0.9), Probe("v1", 1.0)])
-    lines = telemetry.text("v1").splitlines()
+    lines = telemetry.text("v1", 0).splitlines()
     for line in (
         'ctd_index_recall_bucket{le="0.8",version="v1"} 0.0',
         'ctd_index_recall_bucket{le="0.9",version="v1"} 1.0',
@@ -50,9 +51,9 @@ def test_the_recall_is_that_of_the_version_served() -> None:
         'ctd_index_recall_sum{version="v1"} 1.9',
     ):
         assert line in lines
-    assert 'version="v0"' not in telemetry.text("v1")
+    assert 'version="v0"' not in telemetry.text("v1", 0)
     telemetry.observe([Probe("v0", 0.2)])  # a replica that has not followed yet
-    assert 'version="v0"' not in telemetry.text("v1")
+    assert 'version="v0"' not in telemetry.text("v1", 0)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 20])
