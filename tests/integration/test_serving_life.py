@@ -33,7 +33,7 @@ from ctd_scale.changes import CURRENT, delete, roll_back, upsert
 from ctd_scale.live import rebuild_index
 from ctd_scale.recommender import Recommender, load_artifacts
 from ctd_scale.serving.load import ask_each, ramp
-from ctd_scale.serving.telemetry import CACHE_HIT
+from ctd_scale.serving.telemetry import cached
 
 pytestmark = pytest.mark.slow
 
@@ -173,7 +173,7 @@ def test_another_llm_has_read_whoever_was_asked_about_and_the_same_one_reads_nob
         answer = server.post(**body)
         assert answer.json()["version"] == version
         stages = {each.split(";")[0] for each in answer.headers["Server-Timing"].split(", ")}
-        assert len(stages & {"preference", CACHE_HIT}) == 1
+        assert len(stages & {"preference", cached("preference")}) == 1
         return "preference" in stages
 
     for body in known:
