@@ -171,9 +171,11 @@ def evaluate_command(run: RunOption, overrides: SetOption = None) -> None:
     which are served, are fitted anew."""
     from ctd_scale.evaluate import print_report, read_reports
     from ctd_scale.pipeline import run_stage, stage_named
+    from ctd_scale.recommender import require_measured_as_made
 
     opened = Run.open(run)
     settings = opened.read_config(overrides or ())
+    require_measured_as_made(opened, settings)
     if run_stage(stage_named("calibrate_ranking"), opened, settings):
         console.print("  what is served of this run has these weights from now on", style="yellow", highlight=False)
     run_stage(stage_named("evaluate"), opened, settings)

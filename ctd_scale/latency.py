@@ -26,7 +26,7 @@ from ctd_scale.batches import InteractionLog, Preferences, Ranking
 from ctd_scale.config import RunConfig, section_hash
 from ctd_scale.environment import machine, versions
 from ctd_scale.live import Live
-from ctd_scale.recommender import RankStep, excluded_items, load_rank
+from ctd_scale.recommender import RankStep, excluded_items, load_rank, require_measured_as_made
 from ctd_scale.retrieval.effort import has_effort
 from ctd_scale.terminal import console
 
@@ -81,8 +81,9 @@ class Asked:
 def measure_latency(run: Run, config: RunConfig, users: int) -> list[Row]:
     """interactions, preferences, models, index, ranking -> latency (a table of settings).
 
-    Raises ArtifactError: an input is missing or made from another version of another.
+    Raises ArtifactError: an input is missing, or made from another version of another or with other settings.
     """
+    require_measured_as_made(run, config)
     artifacts = {name: run.fetch(name) for name in INPUTS}
     for artifact in artifacts.values():
         run.require_made_from(artifact, *(other for other in artifacts.values() if other is not artifact))

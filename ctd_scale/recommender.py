@@ -35,6 +35,14 @@ ARTIFACTS = ("interactions", "tokens", "models/llm", "models/diffusion", "index"
 READ_FOR_PREFERENCE = ("interactions", "tokens", "models/llm")
 READ_BEHIND = ("interactions", "models/diffusion", "index", "ranking")  # the preference
 READ_TO_SEARCH = ("interactions", "index")
+# What a figure is measured on, in the order in which it is made.
+MEASURED = (
+    *("interactions", "graph", "embeddings", "embeddings_at_test", "models/tokenizer", "tokens", "models/history"),
+    *("models/llm", "preferences", "models/diffusion", "index"),
+)
+# Some say it of how they were made, but it may be another when they are asked: a model's precision, how the index is
+# asked for a text, and whether what was seen may come back in what is measured.
+OF_ASKING = ("llm.dtype", "retrieval.text_candidates", "evaluation.mask_seen")
 
 
 @dataclass(frozen=True)
@@ -202,6 +210,31 @@ def require_made_with(artifact: Artifact, config: RunConfig, section: str) -> No
             f"{artifact.path} was made with {name}={made[name]!r}, and now the config of the run says {now[name]!r}; "
             f"finish `ctd run` with that config, or set {name} back to {json.dumps(made[name])} in the run's run.toml"
         )
+
+
+def require_measured_as_made(run: Run, config: RunConfig) -> None:
+    """Refuse settings with which something that is measured would have been made otherwise.
+
+    Raises ArtifactError naming the first of them.
+    """
+    now = dict(_flat(config.shaping_values()))
+    for name in MEASURED:
+        manifest = run.manifest(name) or {}
+        for key, made in _flat(manifest.get("settings", {})):  # what no stage made says nothing
+            if key not in OF_ASKING and key in now and now[key] != made:
+                raise ArtifactError(
+                    f"{run.url}/{name} was made with {key}={made!r}, and is to be measured with {now[key]!r}; finish "
+                    f"`ctd run` with that config, or leave {key}={json.dumps(made)}"
+                )
+
+
+def _flat(settings: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value by its whole name."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{within}{name}.")
+        else:
+            yield f"{within}{name}", value
 
 
 def load_preference(artifacts: Mapping[str, Artifact], config: RunConfig) -> PreferenceModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from ctd_scale.artifacts import Artifact, ArtifactError, Run
 from ctd_scale.cli import main
 from ctd_scale.cli_options import configured
-from ctd_scale.config import load_config
-from ctd_scale.recommender import require_made_with
+from ctd_scale.config import load_config, section_values
+from ctd_scale.pipeline import STAGES, sections_of
+from ctd_scale.recommender import require_made_with, require_measured_as_made
 from ctd_scale.serving import app
 
 
@@ -134,3 +136,63 @@ def test_a_model_is_not_read_with_other_settings_than_it_was_made_with(override:
         with pytest.raises(ArtifactError, match=message):
             require_made_with(artifact, config, "llm")
     require_made_with(Artifact("models/llm", Path(), json.loads("{}")), config, "llm")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that says with what each stage made its artifacts, which are empty."""
+    run, config = Run(str(tmp_path_factory.mktemp("runs")), "made"), load_config("debug", ["llm.dtype=bfloat16"])
+    run.write_config(config)
+    for stage in STAGES:
+        with_settings = replace(run, settings=section_values(config, sections_of(stage, config)))
+        for name in stage.outputs:
+            with with_settings.publish(name, config_hash="", inputs={}):
+                pass
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "artifact"),
+    [
+        ("interactions.duplicates=last", "interactions"),
+        ("graph.epochs=77", "graph"),
+        ("tokenizer.steps=77", "models/tokenizer"),
+        ("history.dropout=0.07", "models/history"),
+        ("llm.epochs=77", "models/llm"),
+        ("llm.text_choices=free", "preferences"),
+        ("diffusion.epochs=77", "models/diffusion"),
+        ("retrieval.neighbors=0", "index"),
+        ("retrieval.engine=faiss", "index"),
+    ],
+)
+@pytest.mark.parametrize("command", [["evaluate"], ["bench", "latency"]], ids=lambda command: command[-1])
+def test_nothing_is_measured_with_settings_that_it_was_not_made_with(
+    made: Run, command: list[str], override: str, artifact: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, *command, "--run", made.url, "--set", override)
+    key, _, value = override.partition("=")
+    assert f"{made.url}/{artifact} was made with {key}=" in said
+    assert value in said.partition(f"{key}=")[2]
+    assert f"finish `ctd run` with that config, or leave {key}=" in said
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "llm.dtype=float32",  # whose preferences are there
+        "retrieval.text_candidates=7",
+        "diffusion.num_draws=7",
+        "evaluation.mask_seen=false",
+        "graph.checkpoint_every_steps=7",
+        "resources.llm.num_workers=2",
+    ],
+)
+def test_what_only_says_how_it_is_asked_may_be_measured(made: Run, override: str) -> None:
+    require_measured_as_made(made, made.read_config([override]))
+
+
+def test_what_no_stage_made_is_measured_with_anything(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), "given")
+    with run.publish("index", config_hash="", inputs={}):
+        pass
+    require_measured_as_made(run, load_config("debug", ["retrieval.neighbors=0"]))
