@@ -13,9 +13,9 @@ from typing import Any
 
 from ctd_scale.artifacts import Run, link_artifact
 from ctd_scale.batches import SPLITS
-from ctd_scale.config import ConfigError, RunConfig, load_config
+from ctd_scale.config import ConfigError, RunConfig
 from ctd_scale.pipeline import STAGES, is_current, stage_hash
-from ctd_scale.quality import CHAIN, Measured, Row, measure, protocol_under, row_of
+from ctd_scale.quality import CHAIN, Measured, Row, configs_for, measure, protocol_under, row_of
 from ctd_scale.terminal import console
 
 # What each sets. What the text factor gives is in every table: `full_text` beside `full`.
@@ -50,32 +50,36 @@ def ablate(
     """Rows of the whole chain, and of every ablation as `ablation: model` with its difference to the same model of the
     whole chain, over the same users.
 
-    Raises ConfigError: an unknown ablation, a model that is not of the chain, a storage that is not a folder.
+    Raises ConfigError, before anything is trained: an unknown ablation, no model or one that is not of the chain, a
+    config that cannot be used with one of the ablations, a storage that is not a folder.
     """
+    if not models:
+        raise ConfigError(f"--models is empty; models: {', '.join(CHAIN)}")
     for given, known in ((ablations, tuple(ABLATIONS)), (models, CHAIN)):
         if unknown := [name for name in given if name not in known]:
             raise ConfigError(f"no {unknown[0]!r} among {', '.join(known)}")
+    if not Run(storage, "").is_local:
+        raise ConfigError(f"{storage}: files are linked between runs, so --storage must be a folder")
+    configs = configs_for(dataset, models, seeds, overrides)
+    changed = {name: configs_for(dataset, models, seeds, [*overrides, *ABLATIONS[name]]) for name in ablations}
     measured: list[Measured] = []
     protocol: dict[str, Any] = {}
-    for seed in seeds:
-        base = Run(storage, f"{Path(dataset).stem}-{seed}")
-        if not base.is_local:
-            raise ConfigError(f"{base.url}: files are linked between runs, so --storage must be a folder")
-        config = load_config(dataset, [*overrides, f"seed={seed}"])
+    for place, seed in enumerate(seeds):
+        base, config = Run(storage, f"{Path(dataset).stem}-{seed}"), configs[place]
         console.print(f"{dataset}, seed {seed}: [bold]{base.url}[/]", highlight=False)
         measured += measure(base, config, models)
         protocol = protocol_under(dataset, base, config)
         for name in ablations:
-            changed = load_config(dataset, [*overrides, *ABLATIONS[name], f"seed={seed}"])
             own = Run(storage, f"{base.name}-{name}")
             console.print(f"{' '.join(ABLATIONS[name])}: [bold]{own.url}[/]", highlight=False)
-            borrow(own, base, changed)
-            measured += [replace(each, model=f"{name}: {each.model}") for each in measure(own, changed, models)]
+            borrow(own, base, changed[name][place])
+            found = measure(own, changed[name][place], models)
+            measured += [replace(each, model=f"{name}: {each.model}") for each in found]
     rows = []
     for split in SPLITS:
         for model in models:
             for shown in (model, *(f"{name}: {model}" for name in ablations)):
-                rows.append(row_of(measured, protocol, shown, split, list(seeds), model))
+                rows.append(row_of(measured, protocol, shown, split, model))
     return rows
 
 

@@ -20,6 +20,10 @@ def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
+def _once(names: str) -> list[str]:
+    return list(dict.fromkeys(_listed(names)))
+
+
 def _said(overrides: list[str] | None) -> str:
     """The options as they are typed."""
     return "".join(f" --set {shlex.quote(override)}" for override in overrides or ())
@@ -48,12 +52,13 @@ def quality(
     overrides: SetOption = None,
 ) -> None:
     """Train and rank any models over seeds, into one table; goes on where it was interrupted."""
-    from ctd_scale.quality import as_json, compare
+    from ctd_scale.quality import as_json, compare, require_comparable
     from ctd_scale.quality_report import require_target, show, write_quality
 
     require_target(out)
     chosen = _overrides(overrides, data_dir)
-    names = _listed(models)
+    names = _once(models)
+    require_comparable(data, names, range(seeds), chosen, reference)
     for dataset in data:
         rows = as_json(compare(dataset, names, range(seeds), storage, chosen, reference))
         show(rows)
@@ -83,8 +88,8 @@ def ablation(
 
     require_target(out)
     chosen = _overrides(overrides, data_dir)
-    parts = _listed(without) or list(ABLATIONS)
-    names = _listed(models)
+    parts = _once(without) or list(ABLATIONS)
+    names = _once(models)
     rows = as_json(ablate(data, parts, names, range(seeds), storage, chosen))
     show(rows)
     about = f"--data {shlex.quote(Path(data).name)} --without {','.join(parts)} --models {','.join(names)}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float64
@@ -30,10 +30,11 @@ from ctd_scale.pipeline import STAGES, Stage, run_pipeline, run_with_inputs
 from ctd_scale.ranking import beyond_accuracy, load_ranks, ndcg_gains, rank_targets, save_ranks
 from ctd_scale.terminal import console
 
-# Of the chain; `full_text` only where texts are generated.
+# Of the chain; the last only where texts are generated.
+SPOKEN = "full_text"
 CHAIN = (
     *("single_draw", "draws", "error", "graph", "neighbors", "preference"),
-    *("fused_graph", "fused_draws", "fused_error", "fused_both", "fused_all", "full", "full_text"),
+    *("fused_graph", "fused_draws", "fused_error", "fused_both", "fused_all", "full", SPOKEN),
 )
 # The preferences of two seeds, averaged: what is gained by a second model that is no denoiser.
 PREFERENCE, PAIR = "preference", "two_preferences"
@@ -43,6 +44,8 @@ ID_USERS = 500  # whose histories tell how many beams are items without the trie
 PREFERENCE_STAGES = ("embeddings", "models/tokenizer", "models/history", "models/llm")
 RANKS, ROWS = "ranks-{split}.parquet", "rows.json"
 METRIC = "ndcg@10"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,61 @@ def compare(
 ) -> list[Row]:
     """Train and rank what is missing, then the rows of one set. `reference` "" is the best on validation.
 
-    Raises ConfigError: no model, an unknown one, one that needs two seeds where there is one, or a reference that is
-    not among the models.
+    Raises ConfigError as `require_comparable`.
     """
+    _require_models(models, seeds, reference)
+    configs = configs_for(dataset, models, seeds, overrides)
+    measured: list[Measured] = []
+    protocol: dict[str, Any] = {}
+    runs: list[tuple[Run, RunConfig]] = []
+    for seed, config in zip(seeds, configs, strict=True):
+        run = Run(storage, f"{Path(dataset).stem}-{seed}")
+        console.print(f"{dataset}, seed {seed}: [bold]{run.url}[/]", highlight=False)
+        measured += measure(run, config, models)
+        protocol = protocol_under(dataset, run, config)
+        runs.append((run, config))
+    if PAIR in models:
+        for (run, config), (other, _) in pairs_of(runs):
+            measured += measure_preferences(PAIR, (run, other), config)
+    if not reference:
+        scores = {name: _mean(measured, name, "validation") for name in models}
+        reference = max(models, key=lambda name: scores[name])
+    return [row_of(measured, protocol, name, split, reference) for split in SPLITS for name in models]
+
+
+def require_comparable(
+    datasets: Sequence[str], models: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], reference: str
+) -> None:
+    """Refuse, before anything is trained, what one table cannot hold.
+
+    Raises ConfigError: no model, an unknown one, one that needs two seeds where there is one, a reference that is not
+    among the models, a config that cannot be used, or two of one set whose rows would take each other's place.
+    """
+    _require_models(models, seeds, reference)
+    given: dict[str, str] = {}
+    for dataset in datasets:
+        config = configs_for(dataset, models, seeds, overrides)[0]
+        about = config.interactions.model_dump(mode="json", exclude={"data_dir"})
+        own = Path(dataset).stem if config.interactions.dataset == "files" else ""
+        protocol = [own, about, config.evaluation.mask_seen, config.evaluation.know_validation]
+        key = json.dumps(protocol)
+        if key in given:
+            raise ConfigError(
+                f"--data {given[key]} and --data {dataset} are one set under one protocol, so the rows of one would "
+                "take the place of the other's; give each a command with an --out of its own"
+            )
+        given[key] = dataset
+
+
+def configs_for(dataset: str, models: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> list[RunConfig]:
+    """The config with each seed. Raises ConfigError: it cannot be used, or not for these models."""
+    configs = [load_config(dataset, [*overrides, f"seed={seed}"]) for seed in seeds]
+    if SPOKEN in models and not configs[0].llm.generate_texts:
+        raise ConfigError(f"{dataset}: {SPOKEN} needs llm.generate_texts=true, got false; leave out one of them")
+    return configs
+
+
+def _require_models(models: Sequence[str], seeds: Sequence[int], reference: str) -> None:
     known = (*SCORERS, *CHAIN, PAIR)
     if not models:
         raise ConfigError(f"--models is empty; models: {', '.join(known)}")
@@ -99,23 +154,12 @@ def compare(
         raise ConfigError(f"{PAIR} averages two seeds; give --seeds 2 or more")
     if reference and reference not in models:
         raise ConfigError(f"the reference {reference!r} is not among the models {', '.join(models)}")
-    measured: list[Measured] = []
-    protocol: dict[str, Any] = {}
-    runs: list[tuple[Run, RunConfig]] = []
-    for seed in seeds:
-        config = load_config(dataset, [*overrides, f"seed={seed}"])
-        run = Run(storage, f"{Path(dataset).stem}-{seed}")
-        console.print(f"{dataset}, seed {seed}: [bold]{run.url}[/]", highlight=False)
-        measured += measure(run, config, models)
-        protocol = protocol_under(dataset, run, config)
-        runs.append((run, config))
-    if PAIR in models:
-        for (run, config), (other, _) in zip(runs, [*runs[1:], runs[0]], strict=True):
-            measured += measure_preferences(PAIR, (run, other), config)
-    if not reference:
-        scores = {name: _mean(measured, name, "validation") for name in models}
-        reference = max(models, key=lambda name: scores[name])
-    return [row_of(measured, protocol, name, split, list(seeds), reference) for split in SPLITS for name in models]
+
+
+def pairs_of(runs: Sequence[T]) -> list[tuple[T, T]]:
+    """Each with the next one, the last with the first: as many pairs as there are runs. Of two there is but one."""
+    pairs = list(zip(runs, [*runs[1:], *runs[:1]], strict=True))
+    return pairs[:1] if len(runs) == 2 else pairs
 
 
 def protocol_under(dataset: str, run: Run, config: RunConfig) -> dict[str, Any]:
@@ -260,9 +304,8 @@ def _mean(measured: Iterable[Measured], model: str, split: Split) -> float:
     return float(np.mean([each.metrics[METRIC] for each in measured if (each.model, each.split) == (model, split)]))
 
 
-def row_of(
-    measured: Sequence[Measured], protocol: Mapping[str, Any], model: str, split: Split, seeds: list[int], against: str
-) -> Row:
+def row_of(measured: Sequence[Measured], protocol: Mapping[str, Any], model: str, split: Split, against: str) -> Row:
+    """A pair goes by the seed of its first."""
     own = [each for each in measured if (each.model, each.split) == (model, split)]
     others = [each for each in measured if (each.model, each.split) == (against, split)]
     table = {key: [each.metrics[key] for each in own] for key in (*METRICS, "seconds")}
@@ -280,7 +323,7 @@ def row_of(
         items=int(protocol["items"]),
         model=model,
         split=split,
-        seeds=seeds,
+        seeds=[each.seed for each in own],
         mean={key: _known(np.mean, values) for key, values in table.items()},
         spread={key: _known(_deviation, values) for key, values in table.items()},
         training_seconds=mean_of([each.training_seconds for each in own]),

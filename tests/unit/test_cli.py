@@ -49,6 +49,8 @@ def test_errors_of_the_system_are_messages(tmp_path: Path, capsys: pytest.Captur
         ("bench quality -d debug --seeds 0", "--seeds"),
         ("bench ablation -d debug --seeds 0", "--seeds"),
         ("bench quality -d debug --models ,", "--models is empty; models: popularity"),
+        ("bench quality -d debug -d typo --models popularity", "config 'typo' is neither a file nor a shipped config"),
+        ("bench ablation -d debug --models ,", "--models is empty; models: single_draw"),
         ("bench quality -d debug --out table.json", "--out table.json: expected a file name that ends in .md"),
         ("bench ablation -d debug --out folder.md", "--out folder.md: expected a file name"),
         ("bench quality -d debug --out other.md", "other.json is not the JSON of a table that `ctd bench` wrote"),

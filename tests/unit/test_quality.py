@@ -10,8 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ctd_scale.ablation import ablate
 from ctd_scale.config import ConfigError
-from ctd_scale.quality import METRICS, _deviation, bootstrap_interval, compare
+from ctd_scale.quality import (
+    METRICS,
+    Measured,
+    _deviation,
+    bootstrap_interval,
+    compare,
+    pairs_of,
+    require_comparable,
+    row_of,
+)
 from ctd_scale.quality_report import markdown, write_quality
 
 
@@ -51,6 +61,65 @@ def test_an_unknown_model_is_refused_before_anything_runs(
     with pytest.raises(ConfigError, match=message):
         compare("debug", models, range(1), str(tmp_path), [], reference)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("datasets", "models", "overrides", "message"),
+    [
+        (["debug", "typo"], ["popularity"], [], "config 'typo' is neither a file nor a shipped config"),
+        (["ml100k", "quickstart"], ["popularity"], [], "--data ml100k and --data quickstart are one set under one pro"),
+        (["debug", "debug"], ["popularity"], ["interactions.data_dir=x"], "with an --out of its own"),
+        (["debug"], ["full_text"], ["llm.generate_texts=false"], r"debug: full_text needs llm\.generate_texts=true"),
+    ],
+)
+def test_what_no_table_can_hold_is_refused_before_anything_runs(
+    datasets: list[str], models: list[str], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        require_comparable(datasets, models, range(2), overrides, "")
+
+
+def test_a_set_under_two_protocols_has_rows_of_its_own_for_each(tmp_path: Path) -> None:
+    require_comparable(["software", "software_repeats", "ml100k", "debug"], ["popularity"], range(1), [], "")
+    logs = [tmp_path / name for name in ("one.toml", "two.toml")]
+    for log in logs:
+        log.write_text('[interactions]\ndataset = "files"\n')
+    require_comparable([str(log) for log in logs], ["popularity"], range(1), [], "")
+
+
+@pytest.mark.parametrize(
+    ("ablations", "models", "storage", "overrides", "message"),
+    [
+        (["one_way", "half_way"], ["full"], "", [], "no 'half_way' among no_masking"),
+        (["one_way"], [], "", [], "--models is empty; models: single_draw"),
+        (["one_way"], ["sasrec"], "", [], "no 'sasrec' among single_draw"),
+        (["one_way"], ["full"], "memory://runs", [], "--storage must be a folder"),
+        (["one_way", "frozen_vectors"], ["full"], "", ["graph.embed_dim=8"], "preference_dim=16 but graph.embed_dim=8"),
+    ],
+)
+def test_an_ablation_that_cannot_be_is_refused_before_anything_runs(
+    ablations: list[str], models: list[str], storage: str, overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ablate("debug", ablations, models, range(1), storage or str(tmp_path), overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pair_of_seeds_counts_once() -> None:
+    assert pairs_of([0, 1]) == [(0, 1)]
+    for count in (3, 4):
+        pairs = pairs_of(range(count))
+        assert len({frozenset(pair) for pair in pairs}) == len(pairs) == count
+
+    def measured(model: str, seed: int, ndcg: float) -> Measured:
+        metrics: dict[str, float | None] = dict.fromkeys((*METRICS, "seconds"), ndcg)
+        return Measured(model, "test", seed, metrics, 1.0, 2.0, None, np.full(4, ndcg))
+
+    found = [measured("preference", 0, 0.1), measured("preference", 1, 0.3), measured("two_preferences", 0, 0.5)]
+    protocol = {"dataset": "d", "split": "s; weights", "mask_seen": True, "users": 4, "items": 9}
+    pair, single = (row_of(found, protocol, name, "test", "preference") for name in ("two_preferences", "preference"))
+    assert (pair.seeds, pair.spread["ndcg@10"], pair.difference) == ([0], 0.0, pytest.approx(0.3))
+    assert (single.seeds, single.spread["ndcg@10"]) == ([0, 1], pytest.approx(0.1 * 2**0.5))
 
 
 def row(model: str, ndcg: float, **changes: Any) -> dict[str, Any]:
