@@ -26,12 +26,17 @@ from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.interactions.sources import input_digests
 from ctd_scale.llm.backbone import backbone_folder, hidden_size
 from ctd_scale.llm.plan import plan_history, plan_llm
+from ctd_scale.ranking import BLOCK_SCORES
 from ctd_scale.retrieval.plan import plan_index, seconds_to_count
 from ctd_scale.terminal import console
 from ctd_scale.tokenizer.plan import plan_tokenizer
 
 # Models that an evaluation ranks with, all over the whole catalogue.
 RANKINGS = 14
+# What is held of a block of scores while it is ranked: it, the same masked, and the same partly sorted.
+COPIES = 3
+# Where the candidates of a user come from, each time `error_candidates`: preference, draws, graph and neighbours.
+SOURCES = 4
 
 
 def plan_run(run: Run, config: RunConfig, stages: str = "all") -> list[Estimate]:
@@ -86,7 +91,7 @@ def _has_log(run: Run, config: RunConfig) -> bool:
 def _plan_ranking(log: InteractionLog, config: RunConfig, dim: int) -> list[Estimate]:
     """calibrate_ranking and evaluate: draws and errors of each user, and every item scored for every ranking."""
     users = len(log.split_users())
-    chunk = min(users, config.evaluation.chunk_users)
+    chunk = max(1, min(users, config.evaluation.chunk_users))
     items = min(log.num_items, 100_000)
     queries, vectors = (np.random.default_rng(0).standard_normal((rows, dim), np.float32) for rows in (chunk, items))
 
@@ -97,11 +102,13 @@ def _plan_ranking(log: InteractionLog, config: RunConfig, dim: int) -> list[Esti
     density = seconds_per_user(dim, config.diffusion, config.seed)
     calibrated = min(users, config.evaluation.calibration_users)
     counting = number_of_parts(log, calibrated, config) * seconds_to_count(log, config.retrieval.neighbors, config.seed)
-    memory = 4.0 * chunk * (3.0 * RANKINGS * log.num_items + config.diffusion.num_draws * dim)
+    # Of each user draws and candidates, which calibration keeps until the weights are fitted.
+    vectors = 4.0 * dim * (config.diffusion.num_draws + SOURCES * config.diffusion.error_candidates)
+    scores = 4.0 * COPIES * min(chunk * log.num_items, BLOCK_SCORES)
     said = f"{1000 * density:.1f} ms a user for the denoiser, {1000 * scoring:.1f} ms to rank the catalogue once"
     return [
-        Estimate("calibrate_ranking", calibrated * (density + 2 * scoring) + counting, memory, 0.0, said),
-        Estimate("evaluate", 2 * users * (density + RANKINGS * scoring), memory, 0.0, said),
+        Estimate("calibrate_ranking", calibrated * (density + 2 * scoring) + counting, calibrated * vectors, 0.0, said),
+        Estimate("evaluate", 2 * users * (density + RANKINGS * scoring), chunk * vectors + scores, 0.0, said),
     ]
 
 

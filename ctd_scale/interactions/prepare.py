@@ -8,15 +8,13 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctd_scale.artifacts import Run
-from ctd_scale.batches import MIN_SPLIT_LENGTH, SPLITS, InteractionLog
+from ctd_scale.batches import InteractionLog
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.checking import read_catalogue, read_interactions
 from ctd_scale.interactions.parts import PartWriter, count_parts
@@ -31,12 +29,9 @@ from ctd_scale.interactions.quarantine import (
 from ctd_scale.interactions.schema import ATTRIBUTE, DUPLICATE, BadInputError, attributes_of, clean_titles
 from ctd_scale.interactions.sequences import Sequences, build_sequences
 from ctd_scale.interactions.sources import RawSource, find_source, input_digests, resolve_columns
-from ctd_scale.interactions.split import time_cuts, withheld_users
+from ctd_scale.interactions.split import require_targets, time_cuts, withheld_users
 from ctd_scale.terminal import console
 from ctd_scale.training import shown_progress, start_ray, write_progress
-
-# Of the years 1 to 9999, which dates have.
-FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_800
 
 
 @dataclass(frozen=True)
@@ -158,7 +153,7 @@ def _read(
             log = replace(log, cuts=time_cuts(log.times, config.withheld_fraction))
         if config.withheld_users:
             log = replace(log, withheld=withheld_users(log, config.withheld_users))
-        _require_targets(log)
+        require_targets(log)
     reasons = bad_items.reasons + bad_rows.reasons + repeated.reasons
     report = PrepareReport(
         dataset=config.dataset,
@@ -202,29 +197,6 @@ def _require_interactions(made: Sequences, config: InteractionsConfig) -> None:
             f"no core with interactions.min_user_interactions={config.min_user_interactions} and "
             f"interactions.min_item_interactions={config.min_item_interactions}; lower these or give more"
         )
-
-
-def _require_targets(log: InteractionLog) -> None:
-    for split in SPLITS:
-        if len(log.split_users(split)):
-            continue
-        if log.cuts is None:
-            raise BadInputError(
-                f"none of {log.num_users:,} users has {MIN_SPLIT_LENGTH} interactions (the most is "
-                f"{int(np.diff(log.offsets).max())}), so there is nothing to hold out; give longer histories"
-            )
-        raise BadInputError(
-            f"none of {log.num_users:,} users was active before {as_date(log.cuts[0])} and in the {split} period "
-            f"(from {as_date(log.cuts[SPLITS.index(split)])}); use interactions.split='leave_one_out' or another "
-            "interactions.withheld_fraction"
-        )
-
-
-def as_date(microseconds: int) -> str:
-    """ISO 8601, UTC; of what is in no calendar, the seconds."""
-    if not FIRST_SECOND <= microseconds / 1e6 < LAST_SECOND:
-        return f"{microseconds / 1e6:g} s after 1970 (were the times given in milliseconds?)"
-    return datetime.fromtimestamp(microseconds / 1e6, tz=timezone.utc).isoformat(timespec="seconds")
 
 
 def _show(report: PrepareReport, config: InteractionsConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +15,13 @@ from ctd_scale.interactions.reading import pieces_of, read_piece
 from ctd_scale.interactions.schema import BadInputError, as_text
 from ctd_scale.interactions.sequences import k_core
 from ctd_scale.interactions.sources import find_source, resolve_columns
+from ctd_scale.interactions.split import require_targets, withheld_users
 
 
 def sketch_log(config: InteractionsConfig) -> InteractionLog:
     """The log that `prepare_interactions` would make, but for its order, times, titles, and rows that are bad in other
-    ways than an id. Ids are counted, not kept. Raises BadInputError as that does, or where nothing is left.
+    ways than an id; of a split at two times, which are not read, with the targets of `leave_one_out`. Ids are counted,
+    not kept. Raises BadInputError as that does, or where nothing is left.
 
     Memory: about 30 bytes per row and the distinct ids.
     """
@@ -50,12 +53,15 @@ def sketch_log(config: InteractionsConfig) -> InteractionLog:
         raise BadInputError("no interactions are left to plan with; `ctd data` says what became of the rows")
     lengths = np.bincount(users)
     names = [""] * num_items
-    return InteractionLog(
+    log = InteractionLog(
         np.concatenate([[0], np.cumsum(lengths)]),
         items[np.argsort(users, kind="stable")].astype(np.int32),
         [""] * len(lengths),
         Catalogue(names, names, names),
     )
+    if config.split == "leave_one_out":
+        require_targets(log)
+    return replace(log, withheld=withheld_users(log, config.withheld_users)) if config.withheld_users else log
 
 
 def _column(paths: Sequence[str], name: str, columns: dict[str, str]) -> Iterator[pa.Array]:

@@ -16,10 +16,11 @@ import pytest
 from ctd_scale.artifacts import Run, file_digest
 from ctd_scale.batches import SPLITS, InteractionLog, read_table
 from ctd_scale.config import InteractionsConfig
-from ctd_scale.interactions.prepare import PrepareReport, as_date, prepare_interactions
+from ctd_scale.interactions.prepare import PrepareReport, prepare_interactions
 from ctd_scale.interactions.schema import BadInputError
 from ctd_scale.interactions.sketch import sketch_log
 from ctd_scale.interactions.sources import input_digests
+from ctd_scale.interactions.split import as_date
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 ITEMS = pa.table({"item_id": [f"i{n}" for n in range(20)], "title": [f"Item {n}" for n in range(20)]})
