@@ -15,10 +15,9 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import tomli_w
 
 from ctd_scale import __version__
 from ctd_scale.config import RunConfig, load_config
+from ctd_scale.environment import cache_folder, git_revision
 
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = ("digest", "config_hash", "inputs", "facts", "files")
@@ -53,8 +53,6 @@ MAKERS = {
 # What no stage makes, and the command that does.
 COMMANDS = {"latency": "ctd bench latency"}
 RIVALS = ("codes/", "baselines/", "ranks/")
-
-
 # The locks that this process has.
 _held: set[Path] = set()
 
@@ -83,7 +81,7 @@ class Run:
 
     storage: str
     name: str
-    cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "ctd-scale" / "artifacts")
+    cache: Path = field(default_factory=lambda: cache_folder() / "artifacts")
     # By name, what shapes the artifacts that are published: each manifest says it.
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -138,7 +136,7 @@ class Run:
         local = self.root / "run.toml"
         if not self.is_local:
             self.root.mkdir(parents=True, exist_ok=True)
-            local.write_text(self.read_file("run.toml"), encoding="utf-8")
+            write_text(local, self.read_file("run.toml"))
         return load_config(local, overrides)
 
     def read_file(self, relative: str) -> str:
@@ -188,16 +186,12 @@ class Run:
         if manifest is None:
             raise ArtifactError(f"{self.url}/{name} is not published; {_rerun(name)}")
         path = self.root / name if self.is_local else self._download(name, manifest)
-        if verify:
-            for file, entry in manifest["files"].items():
-                if not (path / file).is_file():
-                    raise ArtifactError(f"{path / file} is missing; {_rerun(name)}")
-                got = file_digest(path / file)
-                if got != entry["sha256"]:
-                    raise ArtifactError(
-                        f"{path / file} was changed after it was published: sha256 is {got[:12]}..., "
-                        f"expected {entry['sha256'][:12]}...; {_rerun(name)}"
-                    )
+        fault = _fault(path, manifest["files"]) if verify else ""
+        if fault and not self.is_local:  # perhaps of the cache alone
+            shutil.rmtree(path, ignore_errors=True)
+            fault = _fault(self._download(name, manifest), manifest["files"])
+        if fault:
+            raise ArtifactError(f"{fault}; {_rerun(name)}")
         return Artifact(name, path, manifest)
 
     def require_made_from(self, artifact: Artifact, *inputs: Artifact) -> None:
@@ -215,14 +209,19 @@ class Run:
         if not (target / MANIFEST).exists():
             filesystem, base = fsspec.url_to_fs(self.url)
             aside = self.cache / f".{manifest['digest']}-{uuid.uuid4().hex[:8]}"
-            for file in (*manifest["files"], MANIFEST):
-                (aside / file).parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    filesystem.get_file(f"{base}/{name}/{file}", str(aside / file))
-                except FileNotFoundError:
-                    shutil.rmtree(aside)
-                    raise ArtifactError(f"{self.url}/{name}/{file} is missing; {_rerun(name)}") from None
-            _replace_folder(aside, target)
+            try:
+                for file in (*manifest["files"], MANIFEST):
+                    (aside / file).parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        filesystem.get_file(f"{base}/{name}/{file}", str(aside / file))
+                    except FileNotFoundError:
+                        raise ArtifactError(f"{self.url}/{name}/{file} is missing; {_rerun(name)}") from None
+                with suppress(OSError):  # another process was faster, and others may read what it has put there
+                    aside.rename(target)
+                if not (target / MANIFEST).exists():  # something was removed of what is there
+                    _replace_folder(aside, target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         return target
 
     # -- writing ---------------------------------------------------------------------------------------------
@@ -294,7 +293,7 @@ class Run:
                 "settings": dict(self.settings),
                 "inputs": dict(inputs),
                 "facts": dict(facts or {}),
-                "git_revision": _git_revision(),
+                "git_revision": git_revision(),
                 "files": files,
             }
             for path in staging.rglob("*"):
@@ -370,6 +369,17 @@ def _replace_folder(source: Path, target: Path) -> None:
     _fsync(target.parent)
 
 
+def _fault(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first file that is not what was published, in words; '' where all are."""
+    for file, entry in files.items():
+        if not (folder / file).is_file():
+            return f"{folder / file} is missing"
+        if (got := file_digest(folder / file)) != entry["sha256"]:
+            expected = f"{got[:12]}..., expected {entry['sha256'][:12]}..."
+            return f"{folder / file} was changed after it was published: sha256 is {expected}"
+    return ""
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -384,11 +394,3 @@ def _rerun(name: str) -> str:
     if name.startswith(RIVALS):
         return f"run `ctd bench quality` with {name.partition('/')[2]} again"
     return f"run `{COMMANDS[name]}`" if name in COMMANDS else f"rerun {MAKERS.get(name, name)} (`ctd run` does it)"
-
-
-def _git_revision() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

@@ -1,11 +1,14 @@
-"""The environment: what libraries read of it, and on what a figure was measured (machine and versions, no names)."""
+"""The environment: what libraries read of it, where the cache lies, and on what a figure was measured (machine,
+versions and code, no names)."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("torch", "ray", "numpy", "torch-geometric", "deepspeed", "transformers", "scann", "faiss-cpu")
 
@@ -18,6 +21,11 @@ def set_defaults() -> None:
     # OpenMP's threads wait for each other awake, by default for milliseconds. Where another process wants the core,
     # they wait for one that sleeps: two training loops of two threads on two cores made 5 steps a second instead of 55.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def cache_folder() -> Path:
+    """What can be made or fetched again: backbones, downloaded sets, artifacts of remote runs, what is compiled."""
+    return Path(os.environ.get("CTD_CACHE_DIR") or Path.home() / ".cache" / "ctd-scale").expanduser().absolute()
 
 
 def machine() -> str:
@@ -44,3 +52,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def git_revision() -> str:
+    """Of the code, where it is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -17,13 +17,13 @@ import fsspec
 
 from ctd_scale.artifacts import file_digest
 from ctd_scale.config import InteractionsConfig
+from ctd_scale.environment import cache_folder
 from ctd_scale.interactions.downloads import DOWNLOAD, download
 from ctd_scale.interactions.quarantine import label_paths
 from ctd_scale.interactions.reading import columns_of, expand
 from ctd_scale.interactions.schema import ATTRIBUTE, BadInputError
 
 FOLDERS = {"ml-100k": "ml100k", "software": "amazon_software", "beauty": "amazon_beauty", "lastfm": "lastfm"}
-CACHE = Path.home() / ".cache" / "ctd-scale" / "data"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _ready_made_folder(config: InteractionsConfig) -> Path:
             "`pip install --no-deps recbole==1.2.1`, "
             f"or give a folder that holds {FOLDERS[name]}/ with --data-dir DIR (or CTD_DATA_DIR)"
         )
-    folder = CACHE / FOLDERS[name]
+    folder = cache_folder() / "data" / FOLDERS[name]
     if not _is_complete(folder):
         try:
             download(name, folder)

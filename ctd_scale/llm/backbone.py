@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ctd_scale.config import ConfigError, LLMConfig
+from ctd_scale.environment import cache_folder
 from ctd_scale.terminal import console
 
 SMOLLM2 = "smollm2-135m"
@@ -33,8 +34,7 @@ def backbone_folder(config: LLMConfig) -> Path:
     Raises ConfigError: the directory holds no model, or the wheel is not installed.
     """
     if config.backbone == SMOLLM2:
-        cache = Path(os.environ.get("CTD_CACHE_DIR", Path.home() / ".cache" / "ctd-scale"))
-        folder = cache / "backbones" / SMOLLM2
+        folder = cache_folder() / "backbones" / SMOLLM2
         if not (folder / "config.json").is_file():
             _convert_smollm2(folder)
         return folder

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from ctd_scale import training
 from ctd_scale.config import LLMConfig
+from ctd_scale.environment import cache_folder
 from ctd_scale.llm.model import PreferenceHead
 from ctd_scale.sequence import latest_first
 
@@ -41,9 +42,8 @@ def prepare_extensions() -> Path:
     torch shares one folder among all environments of a user, so two of them compile by turns over each other; and
     whoever is killed while compiling leaves a lock for which everybody after it waits for ever.
     """
-    cache = Path(os.environ.get("CTD_CACHE_DIR", Path.home() / ".cache" / "ctd-scale"))
     environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "extensions" / environment)))
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / "extensions" / environment)))
     for lock in folder.glob("**/lock"):
         with suppress(FileNotFoundError):
             if time.time() - lock.stat().st_mtime > STALE_SECONDS:

@@ -324,6 +324,56 @@ def test_a_download_is_kept_and_read_again(tmp_path: Path) -> None:
     assert reader.fetch("models/llm").digest == first.digest
 
 
+@pytest.mark.parametrize("damage", ["changed", "missing", "gone"])
+def test_a_download_that_was_damaged_is_fetched_again(tmp_path: Path, damage: str) -> None:
+    run = Run(f"file://{tmp_path}/storage", "demo", cache=tmp_path / "cache")
+    digest = publish(run).digest
+    cached = run.fetch("models/llm").path
+    if damage == "gone":
+        (cached / "manifest.json").unlink()
+    elif damage == "changed":
+        (cached / "a.txt").write_text("two")
+    else:
+        (cached / "inner" / "b.bin").unlink()
+    found = run.fetch("models/llm")
+    assert (found.path, found.digest, (found.path / "a.txt").read_text()) == (cached, digest, "one")
+    assert (found.path / "inner" / "b.bin").read_bytes() == bytes(range(256))
+    assert [path.name for path in run.cache.glob("*-*")] == []
+
+
+def test_a_download_that_somebody_else_has_ended_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have mapped its files by then."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    run = Run(f"file://{tmp_path}/storage", "demo", cache=tmp_path / "cache")
+    publish(run)
+    reader, get = other_machine(run, tmp_path), LocalFileSystem.get_file
+    seen: list[int] = []
+
+    def slow(self: LocalFileSystem, source: str, target: str, **options: Any) -> Any:
+        if source.endswith("manifest.json") and not seen:
+            seen.append(0)
+            seen[0] = (reader.fetch("models/llm").path / "a.txt").stat().st_ino
+        return get(self, source, target, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", slow)
+    found = reader.fetch("models/llm")
+    assert (found.path / "a.txt").stat().st_ino == seen[0]
+    assert [path.name for path in reader.cache.iterdir()] == [found.digest]
+
+
+def test_the_config_of_a_url_is_replaced_and_not_written_over(tmp_path: Path) -> None:
+    """An empty file, which whoever reads at the same time would see, is a config of defaults."""
+    run = Run(f"file://{tmp_path}/storage", "demo", cache=tmp_path / "cache")
+    run.write_config(RunConfig(seed=4))
+    before = (run.root / "run.toml").stat().st_ino
+    assert run.read_config().seed == 4
+    assert (run.root / "run.toml").stat().st_ino != before
+    assert [path.name for path in run.root.iterdir()] == ["run.toml"]
+
+
 def test_a_relative_storage_is_a_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     publish(Run("storage", "demo"))

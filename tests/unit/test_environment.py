@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ctd_scale import environment
+from ctd_scale.artifacts import Run
 
 SET = "THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT"
 DOCKERFILE = Path(__file__).resolve().parents[2] / "cluster" / "Dockerfile"
@@ -86,3 +87,11 @@ def test_a_machine_is_said_with_what_multiplies_bfloat16(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     assert said in environment.machine()
+
+
+def test_all_that_can_be_fetched_again_lies_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, folder in (("here", tmp_path / "here"), ("", Path.home() / ".cache" / "ctd-scale")):
+        monkeypatch.setenv("CTD_CACHE_DIR", given)
+        assert environment.cache_folder() == folder
+        assert Run("s3://bucket/runs", "mine").root.is_relative_to(folder / "artifacts")

@@ -21,7 +21,7 @@ ITEMS = "item_id,title\na,A\n"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("CTD_DATA_DIR", raising=False)
-    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("CTD_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(downloads, "DOWNLOAD", f"file://{tmp_path}/remote")
     (tmp_path / "log.csv").write_text(LOG)
     (tmp_path / "items.csv").write_text(ITEMS)
@@ -148,7 +148,7 @@ def test_a_download_is_converted_once_and_kept(folder: Path, monkeypatch: pytest
     publish(folder)
     monkeypatch.setitem(downloads.DOWNLOADED_SIZES, "software", (2, 3, 6))
     source = find_source(InteractionsConfig(dataset="software"))
-    assert source.interactions == (f"{folder}/cache/amazon_software/interactions.parquet",)
+    assert source.interactions == (f"{folder}/cache/data/amazon_software/interactions.parquet",)
     log = pq.read_table(source.interactions[0]).to_pylist()
     assert [tuple(row.values()) for row in log] == [
         ("U1", "B1", 0),
@@ -174,7 +174,7 @@ def test_a_download_that_is_not_the_published_set_is_refused(folder: Path) -> No
     (folder / "remote" / "software" / "test.txt").write_text("<html> not found\n")
     with pytest.raises(BadInputError, match=r"\(0, 0, 0\), expected"):
         find_source(InteractionsConfig(dataset="software"))
-    assert not list((folder / "cache").iterdir())
+    assert not list((folder / "cache" / "data").iterdir())
 
 
 def test_no_network_names_the_folder_to_give(folder: Path) -> None:
