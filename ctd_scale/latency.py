@@ -225,10 +225,13 @@ def _scaled(own: int, scale: float, least: int = 1) -> int:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """As a replica has it."""
+    """As a replica has it: Serve gives it OMP_NUM_THREADS=1, which numpy's BLAS reads, too."""
+    from threadpoolctl import threadpool_limits  # the endpoint, which imports this file, does without it
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(1):
+            yield
     finally:
         torch.set_num_threads(before)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from ctd_scale.batches import Ranking
 from ctd_scale.config import RunConfig, load_config
-from ctd_scale.latency import Row, Settings, choose, grid
+from ctd_scale.latency import Row, Settings, _one_thread, choose, grid
 
 OWN = Settings(32, 8, 100, 8)
 PREFERENCE = Ranking(1.0, 0.0, 0.0)
@@ -63,3 +65,16 @@ def test_the_best_within_the_budget_is_chosen() -> None:
     with pytest.raises(ValueError, match=r"target_p99_ms=4: nothing.*p99 5 ms, NDCG@10 0.2 \(num_draws=8, "):
         choose(ROWS, 4)
     assert choose([replace(ROWS[1], ndcg=0.2), ROWS[2]], 100) is ROWS[2], "of equals the fastest"
+
+
+def test_everything_has_one_thread_while_it_is_measured() -> None:
+    def threads(*kinds: str) -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] in kinds}
+
+    own = torch.get_num_threads()
+    with threadpool_limits(2):
+        assert threads("blas") == {2}
+        with _one_thread():
+            assert threads("blas", "openmp") == {torch.get_num_threads()} == {1}
+        assert threads("blas") == {2}
+    assert torch.get_num_threads() == own
