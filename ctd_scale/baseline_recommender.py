@@ -11,16 +11,22 @@ from numpy import ndarray
 from ctd_scale.artifacts import Run
 from ctd_scale.baselines.scorers import KNOWS_USERS, SCORERS, trained_artifact
 from ctd_scale.batches import Catalogue, InteractionLog
+from ctd_scale.changes import NO_CHANGES, Changes, read_changes
 from ctd_scale.metrics import top_k
 from ctd_scale.recommender import Recommendation, answers, excluded_items
 
 
 class BaselineRecommender:
-    """A baseline of a run, with the answers of `Recommender`."""
+    """A baseline of a run, with the answers of `Recommender`: what was taken out of the catalogue (as of `changes`, or
+    until now) does not come back. What was put in since, it does not know."""
 
-    def __init__(self, run: Run, name: str) -> None:
-        self.version = baseline_version(run, name)
+    def __init__(self, run: Run, name: str, changes: int | None = None) -> None:
+        changed = read_changes(run, changes)
+        self.version = baseline_version(run, name, changed)
         self.name, self.log = name, InteractionLog.load(run.fetch("interactions").path)
+        gone = set(changed.table.filter(changed.table["deleted"])["item_id"].to_pylist())
+        places = [item for item, item_id in enumerate(self.catalogue.item_ids) if item_id in gone]
+        self._deleted = np.array(places, np.int64)
         self._scorer = SCORERS[name](run, run.read_config(), "test")
 
     @property
@@ -44,11 +50,14 @@ class BaselineRecommender:
         scores = np.array(self._scorer(index, [np.asarray(history) for history in histories]), np.float32)
         for row, unwanted in zip(scores, excluded_items(histories, exclude_seen, excluded), strict=True):
             row[unwanted] = -np.inf
+        scores[:, self._deleted] = -np.inf
         return answers(*top_k(scores, k), [""] * len(histories))
 
 
-def baseline_version(run: Run, name: str) -> str:
-    """Identity of a baseline's answers. Raises ValueError: there is none of that name; ArtifactError: not trained."""
+def baseline_version(run: Run, name: str, changes: Changes = NO_CHANGES) -> str:
+    """Identity of a baseline's answers, as of these changes. Raises ValueError: there is none of that name;
+    ArtifactError: not trained."""
     if name not in SCORERS:
         raise ValueError(f"no baseline {name!r}; baselines: {', '.join(SCORERS)}")
-    return f"{name}-{run.fetch(trained_artifact(name) or 'interactions').digest[:12]}"
+    digests = (run.fetch(trained_artifact(name) or "interactions").digest, changes.digest)
+    return "-".join([name, *(digest[:12] for digest in digests if digest)])

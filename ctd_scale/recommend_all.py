@@ -54,7 +54,7 @@ def recommend_all(run: Run, out: str, order: Order) -> int:
     if order.model and order.explain:
         raise ValueError(f"--explain needs the chain; {order.model} says nothing")
     changes = read_changes(run)
-    version = baseline_version(run, order.model) if order.model else version_of(load_artifacts(run), changes)
+    version = baseline_version(run, order.model, changes) if order.model else version_of(load_artifacts(run), changes)
     users = InteractionLog.load(run.fetch("interactions").path).num_users
     asked = {"version": version, **asdict(order), "users": users, "users_per_part": PART_USERS}
     filesystem, root = fsspec.url_to_fs(out)
@@ -104,7 +104,7 @@ class RecommendPart:
         self._order, self._part_users, run = Order(**order), part_users, Run(storage, name)
         self._chunk_users = run.read_config().evaluation.chunk_users
         model = self._order.model
-        self._recommender = BaselineRecommender(run, model) if model else Recommender(run, changes=changes)
+        self._recommender = BaselineRecommender(run, model, changes) if model else Recommender(run, changes=changes)
         if self._recommender.version != version:
             raise ValueError(f"{run.url} is version {self._recommender.version} by now, and not {version}; start again")
 

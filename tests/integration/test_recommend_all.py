@@ -16,7 +16,7 @@ from tiny_run import ITEMS, LOST_USER, make_tiny_run
 from ctd_scale import recommend_all as module
 from ctd_scale.artifacts import Run
 from ctd_scale.baseline_recommender import BaselineRecommender
-from ctd_scale.changes import delete
+from ctd_scale.changes import delete, roll_back
 from ctd_scale.parts import part_name
 from ctd_scale.recommend_all import MANIFEST, Order, recommend_all
 from ctd_scale.recommender import Recommender
@@ -95,21 +95,44 @@ def test_a_second_start_makes_what_is_missing(
     assert sorted(path.name for path in out.iterdir()) == sorted([MANIFEST, "order.json", *parts])
 
 
-def test_what_is_changed_meanwhile_is_left_out(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", ["", "item_knn"])
+def test_what_is_changed_meanwhile_is_left_out(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
     shutil.copytree(run.root, tmp_path / "tiny")
     own, out, found = Run(str(tmp_path), "tiny"), tmp_path / "out", []
-    before = Recommender(own)
+
+    def recommender() -> BaselineRecommender | Recommender:
+        return BaselineRecommender(own, model) if model else Recommender(own)
+
+    before = recommender()
 
     def changed_first(maker: Any, arguments: dict[str, Any], *_: Any, **options: Any) -> None:
         delete(own, ["i0", "i1"])
         found.extend(maker(**arguments).table(0).to_pylist())
 
     monkeypatch.setattr(module, "write_parts", changed_first)
-    recommend_all(own, str(out), Order(k=ITEMS, exclude_seen=False))
-    assert json.loads((out / MANIFEST).read_text())["version"] == before.version != Recommender(own).version
+    recommend_all(own, str(out), Order(k=ITEMS, exclude_seen=False, model=model))
+    assert json.loads((out / MANIFEST).read_text())["version"] == before.version != recommender().version
     assert {"i0", "i1"} <= set(found[0]["item_ids"])
     with pytest.raises(ValueError, match=f"is version {before.version} by now, and not other"):
-        module.RecommendPart(own.storage, own.name, {}, 10, "other", 0)
+        module.RecommendPart(own.storage, own.name, {"model": model}, 10, "other", 0)
+
+
+def test_a_baseline_does_not_recommend_what_was_taken_out(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.root, tmp_path / "tiny")
+    own, history = Run(str(tmp_path), "tiny"), [np.array([3, 5], np.int32)]
+    before = BaselineRecommender(own, "popularity")
+    (whole,) = before.recommend(history, ITEMS)
+    gone = whole.items[:2]
+    delete(own, [before.catalogue.item_ids[item] for item in gone])
+    after = BaselineRecommender(own, "popularity")
+    (rest,) = after.recommend(history, ITEMS)
+    assert rest.items == whole.items[2:]
+    assert before.version != after.version
+    assert BaselineRecommender(own, "popularity", changes=0).version == before.version
+    roll_back(own)
+    assert BaselineRecommender(own, "popularity").recommend(history, ITEMS) == [whole]
 
 
 def test_another_order_or_version_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
