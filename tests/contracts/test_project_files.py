@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 from ctd_scale.artifacts import MAKERS
 from ctd_scale.config import load_config
+from ctd_scale.serving.app import GPU_SHARE, OTHER_CPUS, PREFERENCE_CPUS, PROXY_GRACE_S
 from ctd_scale.serving.middleware import Record
 from ctd_scale.serving.probe import Probe
 from ctd_scale.serving.telemetry import Telemetry, cached
@@ -170,7 +171,32 @@ def test_the_service_of_the_cluster_passes_a_run() -> None:
     (application,) = serve["applications"]
     assert application["import_path"].startswith("ctd_scale.serving.app:")
     assert list(application["args"]) == ["run"]
-    assert serve["http_options"]["request_timeout_s"] > load_config().serving.request_timeout_s
+    limits = load_config().serving
+    limit = limits.body_timeout_s + limits.request_timeout_s + PROXY_GRACE_S
+    assert serve["http_options"]["request_timeout_s"] == limit, "as `ctd serve` sets it"
+
+
+def test_the_groups_of_the_service_have_room_for_its_replicas() -> None:
+    groups = load_cluster_file("kuberay/rayservice.yaml")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    room = {"cpu": 0.0, "nvidia.com/gpu": 0.0}
+    for group in groups:
+        assert group["minReplicas"] == group["replicas"] == group["maxReplicas"], "nothing scales them"
+        (container,) = group["template"]["spec"]["containers"]
+        for name in room:
+            room[name] += group["replicas"] * float(container["resources"]["limits"].get(name, 0))
+    replicas = load_config().serving.max_replicas  # of the LLM, and of the endpoint
+    assert room["nvidia.com/gpu"] >= 2 * replicas * GPU_SHARE
+    assert room["cpu"] >= replicas * (PREFERENCE_CPUS + OTHER_CPUS)
+
+
+def test_every_node_has_the_image_that_is_built() -> None:
+    built = re.search(r"^# +docker build .* -t (\S+) \.$", (ROOT / "cluster" / "Dockerfile").read_text(), re.MULTILINE)
+    assert built is not None
+    for path in CLUSTER_FILES:
+        images = re.findall(r"\bimage: *(\S+)", path.read_text(encoding="utf-8"))
+        assert images, path
+        assert set(images) == {built[1]}, path
+        assert "_image:" not in path.read_text(encoding="utf-8")
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
