@@ -77,12 +77,14 @@ def test_every_target_is_phony_and_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda it: it.name
+    "document",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],
+    ids=lambda it: it.name,
 )
 def test_every_path_in_a_document_exists(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     links = [document.parent / link.split("#")[0] for link in re.findall(r"\]\(([^):]+)\)", text)]
-    named = [ROOT / path for path in re.findall(r"`((?:cluster|jobs|ctd_scale|docs)/[\w./]+)`", text)]
+    named = [ROOT / path for path in re.findall(r"`((?:cluster|jobs|ctd_scale|docs|tests)/[\w./]+)`", text)]
     assert [path for path in links + named if not path.exists()] == []
 
 
@@ -215,3 +217,12 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     used = {name for expression in asked for name in re.findall(r"ctd_\w+", expression)}
     assert used <= names
     assert len(used) >= 5
+
+
+def test_the_layers_of_the_contract_are_those_of_the_document() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    layers = re.findall(
+        r'^    "((?:ctd_scale\.|jobs).*)",$', text.split("\nlayers = [")[1].split("\n]")[0], re.MULTILINE
+    )
+    diagram = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    assert " ".join(diagram.split()) == " > ".join(layers).replace("ctd_scale.", "")
