@@ -110,10 +110,13 @@ def is_complete(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
 
 
 def discard(folder: str, stage: str) -> None:
-    """Remove the resumable state of a stage on this machine: once its artifact is published nothing needs it."""
-    if "://" not in folder:
-        for checkpoints in Path(folder).glob(f"{stage}-*"):
-            shutil.rmtree(checkpoints, ignore_errors=True)
+    """Remove the resumable state of a stage from a path or URL: once its artifact is published nothing needs it."""
+    filesystem, path = fsspec.url_to_fs(folder)
+    filesystem.invalidate_cache()  # of listings: they were written by workers
+    with suppress(OSError):  # what stays does no harm
+        for entry in _entries(filesystem, path):
+            if entry.startswith(f"{stage}-"):
+                filesystem.rm(f"{path}/{entry}", recursive=True)
 
 
 def discard_staged(folder: Path, stage: str, outputs: Sequence[str]) -> None:

@@ -317,8 +317,9 @@ def _run_all(run: Run, settings: RunConfig) -> None:
     run_pipeline(run, settings)
     for report in read_reports(run):
         print_report(report)
-    for name in ("run.toml", "metrics/", "models/", "embeddings/", "tokens/", "index/", "logs/"):
+    for name in ("run.toml", "metrics/", "models/", "embeddings/", "tokens/", "index/"):
         console.print(f"  {run.url}/{name}", highlight=False)
+    console.print(f"  {run.url if run.is_local else run.root}/logs/", highlight=False)  # of a URL, they lie here
     console.print(f"serve it:  ctd serve --run {shlex.quote(run.url)}", highlight=False, soft_wrap=True)
 
 

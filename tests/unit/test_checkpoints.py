@@ -12,7 +12,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from ctd_scale import checkpoints
-from ctd_scale.checkpoints import KEPT, discard_staged, keep_newest, new_start, seal
+from ctd_scale.checkpoints import KEPT, discard, discard_staged, keep_newest, new_start, seal
 
 
 def checkpoint(root: Path, name: str, ranks: int = 1, start: str = "first") -> Path:
@@ -133,6 +133,22 @@ def test_what_is_not_whole_is_passed_over(tmp_path: Path, damage: object) -> Non
     damage(newest)
     assert keep_newest(str(root)) == f"{root}/{KEPT}/checkpoint_1"
     assert not newest.exists()
+
+
+@pytest.mark.parametrize("where", ["", "file://", "memory://"])
+def test_once_a_stage_is_over_its_checkpoints_go(tmp_path: Path, where: str) -> None:
+    folder = f"{where}{tmp_path}/checkpoints"
+    files, path = fsspec.url_to_fs(folder)
+    discard(folder, "llm")  # there is nothing yet
+    for name in ("llm-0123/first/checkpoint_1/state-0.pt", "llm-4567/kept/x/y", "llm_more-0123/x", "graph-0123/x"):
+        files.pipe(f"{path}/{name}", b"x") if where == "memory://" else _write(Path(path) / name)
+    discard(folder, "llm")
+    assert sorted(entry.rsplit("/", 1)[-1] for entry in files.ls(path, detail=False)) == ["graph-0123", "llm_more-0123"]
+
+
+def _write(file: Path) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"x")
 
 
 def test_what_a_stage_staged_goes_and_nothing_else(tmp_path: Path) -> None:
