@@ -103,12 +103,12 @@ def _plan_ranking(log: InteractionLog, config: RunConfig, dim: int) -> list[Esti
     calibrated = min(users, config.evaluation.calibration_users)
     counting = number_of_parts(log, calibrated, config) * seconds_to_count(log, config.retrieval.neighbors, config.seed)
     # Of each user draws and candidates, which calibration keeps until the weights are fitted.
-    vectors = 4.0 * dim * (config.diffusion.num_draws + SOURCES * config.diffusion.error_candidates)
+    held = 4.0 * dim * (config.diffusion.num_draws + SOURCES * config.diffusion.error_candidates)
     scores = 4.0 * COPIES * min(chunk * log.num_items, BLOCK_SCORES)
     said = f"{1000 * density:.1f} ms a user for the denoiser, {1000 * scoring:.1f} ms to rank the catalogue once"
     return [
-        Estimate("calibrate_ranking", calibrated * (density + 2 * scoring) + counting, calibrated * vectors, 0.0, said),
-        Estimate("evaluate", 2 * users * (density + RANKINGS * scoring), chunk * vectors + scores, 0.0, said),
+        Estimate("calibrate_ranking", calibrated * (density + 2 * scoring) + counting, calibrated * held, 0.0, said),
+        Estimate("evaluate", 2 * users * (density + RANKINGS * scoring), chunk * held + scores, 0.0, said),
     ]
 
 
