@@ -15,7 +15,7 @@ import ray.data
 import torch
 from ray.exceptions import RayError
 
-from ctd_scale import training
+from ctd_scale import environment, training
 from ctd_scale.artifacts import put_file
 from ctd_scale.config_resources import StageResources
 from ctd_scale.terminal import TrainingError
@@ -58,7 +58,7 @@ def write_parts(
             "maker": maker,
             "arguments": dict(arguments),
             "folder": folder if "://" in folder else str(root),
-            "threads": training.threads_per_worker(resources),
+            "resources": resources,
         },
         concurrency=min(resources.num_workers, len(missing)),
         num_gpus=resources.num_gpus,
@@ -77,8 +77,11 @@ def write_parts(
 class WriteParts:
     """The actor of `write_parts`."""
 
-    def __init__(self, maker: type[PartMaker], arguments: dict[str, Any], folder: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(
+        self, maker: type[PartMaker], arguments: dict[str, Any], folder: str, resources: StageResources
+    ) -> None:
+        # Counted here: the driver may have other cores.
+        torch.set_num_threads(resources.threads_per_worker or environment.share_of_cores(resources.num_workers))
         self._maker = maker(**arguments)
         self._filesystem, self._root = fsspec.url_to_fs(folder)
 

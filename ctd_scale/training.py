@@ -74,7 +74,7 @@ def start_ray() -> None:
         # Logical CPUs only admit actors: samplers and the trainer overlap even on two cores.
         _start_private(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, 4),
+            num_cpus=max(environment.cores(), 4),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             **options,
@@ -200,16 +200,13 @@ def world_size() -> int:
 
 
 def prepare_worker(arguments: Mapping[str, Any], seed: int) -> torch.device:
-    """Seeds, thread count and device of this worker. Oversubscribed threads cost a factor of ten on CPU."""
-    torch.set_num_threads(threads_per_worker(StageResources.model_validate(arguments["resources"])))
+    """Seeds, thread count (what is set, or an equal share of this machine's cores) and device of this worker.
+    Oversubscribed threads cost a factor of ten on CPU."""
+    here = int(ray.train.get_context().get_local_world_size())
+    torch.set_num_threads(arguments["resources"]["threads_per_worker"] or environment.share_of_cores(here))
     seed_all(seed)
     device: torch.device = ray.train.torch.get_device()
     return device
-
-
-def threads_per_worker(resources: StageResources) -> int:
-    """Threads of one of the stage's workers: what is set, or an equal share of this machine's cores."""
-    return resources.threads_per_worker or max(1, (os.cpu_count() or 1) // resources.num_workers)
 
 
 def peak_memory_mb() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from jaxtyping import Float32
 from numpy import ndarray
 from numpy.lib.format import open_memmap
 
+from ctd_scale import environment
 from ctd_scale.batches import NodeArrays
 from ctd_scale.graph import kernels
 from ctd_scale.graph.csr import BipartiteGraph
@@ -43,7 +43,7 @@ def propagate(
                 total[start:stop] /= np.float32(num_layers + 1)
 
         layer = np.asarray(layer0)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(environment.cores()) as pool:
             for number in range(1, num_layers + 1):
                 following = layers[number % 2]
                 for done in [pool.submit(rows, start, layer, following, number == num_layers) for start in starts]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from jaxtyping import Float32, Int32
 from numpy import ndarray
 from ray.serve.handle import DeploymentHandle
 
+from ctd_scale import environment
 from ctd_scale.config_serving import ServingConfig
 from ctd_scale.llm.inference import PreferenceModel
 from ctd_scale.recommender import READ_FOR_PREFERENCE, load_preference
@@ -29,7 +29,7 @@ class Preference(PreparedStep):
     async def __init__(  # type: ignore[misc]
         self, config: ServingConfig, coordinator: DeploymentHandle
     ) -> None:
-        super().__init__(max(1, (os.cpu_count() or 1) // config.max_replicas))
+        super().__init__(environment.share_of_cores(config.max_replicas))
         self._models: Versions[str, PreferenceModel] = Versions(self._load)
         self._preferences = batched(config, self._preferences_of)
         self._texts = batched(config, self._texts_of)

@@ -68,6 +68,50 @@ def test_jax_where_it_is_installed_takes_no_gpu(tmp_path: Path) -> None:
     assert done.stdout == "JAX on cpu\n"
 
 
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/", {}, 8),
+        ("0::/", {"cpu.max": "250000 100000"}, 3),
+        ("0::/", {"cpu.max": "10000 100000"}, 1),
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "1600000 100000"}, 8),
+        ("0::/", {"cpu.max": "half"}, 8),
+        ("0::/pods/one", {"pods/one/cpu.max": "max 100000", "pods/cpu.max": "400000 100000"}, 4),
+        ("0::/pods/one", {"pods/two/cpu.max": "100000 100000"}, 8),
+        ("0::/host/name/of/it", {"cpu.max": "200000 100000"}, 2),
+        (
+            "5:memory:/a\n3:cpu,cpuacct:/b\n0::/",
+            {"cpu/b/cpu.cfs_quota_us": "150000", "cpu/b/cpu.cfs_period_us": "50000"},
+            3,
+        ),
+        ("3:cpuacct,cpu:/host/b", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("3:cpuset:/", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_a_container_has_the_cores_that_its_quota_pays_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for name, text in {"own": own, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert environment.cores(tmp_path, tmp_path / "own") == expected
+
+
+def test_a_process_has_the_cores_that_it_is_bound_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2, 5})
+    nowhere = tmp_path / "no cgroups"
+    assert environment.cores(nowhere, nowhere) == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert environment.cores(nowhere, nowhere) == 8
+    monkeypatch.setattr(environment, "cores", lambda: 5)
+    assert [environment.share_of_cores(processes) for processes in (1, 2, 4, 8)] == [5, 2, 1, 1]
+
+
 def test_a_machine_is_said_with_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["H100", "H100", "L4"][index])

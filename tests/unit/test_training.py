@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import ray.train.torch
+import torch
 
-from ctd_scale import training
+from ctd_scale import environment, training
 from ctd_scale.artifacts import Run
+from ctd_scale.config_resources import StageResources
+from ctd_scale.parts import WriteParts
 from ctd_scale.terminal import TrainingError
 
 SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
@@ -59,6 +64,22 @@ def test_a_cluster_that_cannot_be_joined_is_named(tried: list[Exception], monkey
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(TrainingError, match=r"Failed to connect.*RAY_ADDRESS=somewhere:6379.*RAY_AUTH_MODE=token"):
         training.start_ray()
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(0, [4, 8]), (3, [3, 3])])
+def test_workers_of_one_machine_share_its_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: int, expected: list[int]
+) -> None:
+    """Of four workers, two of which are here; of the actors of `write_parts`, of which any number may be here, one."""
+    threads: list[int] = []
+    resources = StageResources(num_workers=4, threads_per_worker=chosen)
+    monkeypatch.setattr(environment, "cores", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_local_world_size=lambda: 2))
+    WriteParts(SimpleNamespace, {}, str(tmp_path), resources)  # type: ignore[arg-type]
+    training.prepare_worker({"resources": resources.model_dump()}, 0)
+    assert threads == expected
 
 
 def test_steps_are_passed_on_and_shown(tmp_path: Path) -> None:
