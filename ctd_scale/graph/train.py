@@ -102,7 +102,10 @@ def train_loop(arguments: dict[str, Any]) -> None:
     step = 0
     with training.latest_checkpoint(arguments) as folder:
         if folder is not None:
-            parts = [torch.load(path, mmap=True, weights_only=True) for path in sorted(folder.glob("state-*.pt"))]
+            # Not onto the GPUs that wrote them: they are of other workers, or there are none here. Of what is mapped,
+            # this worker's rows alone are read, and go to its own device.
+            found = sorted(folder.glob("state-*.pt"))
+            parts = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in found]
             table.load_state_dicts([part["table"] for part in parts])
             step = parts[0]["step"]
 
