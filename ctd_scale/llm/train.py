@@ -235,7 +235,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     users = validation_users(log, config.validation_users, seed)
     step, best = 0, Best()
     validated: dict[str, torch.Tensor] = {}
-    with training.latest_checkpoint(arguments) as folder, zero.opened(folder, config) as saved:
+    with training.latest_checkpoint(arguments) as folder, zero.opened(folder, config, arguments["logs"]) as saved:
         engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -91,10 +91,12 @@ def layout(config: LLMConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(folder: Path | None, config: LLMConfig) -> Iterator[Saved | None]:
+def opened(folder: Path | None, config: LLMConfig, training_name: str) -> Iterator[Saved | None]:
     """A checkpoint in the form that these workers can load; every rank must call this.
 
-    Raises ValueError where it was written with a stage of ZeRO from which this one cannot go on.
+    `folder` may go by another name for every rank, as where it was downloaded; `training_name` is the same for all of
+    them, and no other training has it. Raises ValueError where the checkpoint was written with a stage of ZeRO from
+    which this one cannot go on.
     """
     if folder is None:
         yield None
@@ -111,7 +113,7 @@ def opened(folder: Path | None, config: LLMConfig) -> Iterator[Saved | None]:
             f"llm.zero_stage={before} again, or remove the checkpoint to begin anew"
         )
     # One rank of each machine rewrites it for all that are there.
-    name = hashlib.sha256(f"{folder} {progress['step']}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{training_name} {progress['step']}".encode()).hexdigest()[:16]
     rewritten = Path(tempfile.gettempdir()) / f"ctd-universal-{name}"
     if training.local_rank() == 0:
         shutil.rmtree(rewritten, ignore_errors=True)

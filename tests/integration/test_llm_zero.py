@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,26 @@ def test_what_cannot_go_on_is_refused(folder: Path, before: int, now: int, monke
     monkeypatch.setattr(training, "world_size", lambda: 1)
     saved, config = folder / f"one, killed, ZeRO {before}" / "4", LLMConfig(zero_stage=now)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"llm.zero_stage={before}, from which llm.zero_stage={now} cannot go on"):
-        zero.opened(saved, config).__enter__()
+        zero.opened(saved, config, "a training").__enter__()
+
+
+def test_ranks_that_downloaded_apart_read_what_one_of_them_rewrote(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "world_size", lambda: 1)
+    saved, config = folder / "two, killed, ZeRO 2" / "4", LLMConfig(zero_stage=2)
+    downloads = [Path(shutil.copytree(saved, tmp_path / name)) for name in ("first", "second")]
+    with ExitStack() as ranks:
+        read = []
+        for rank, download in enumerate(downloads):
+            monkeypatch.setattr(training, "local_rank", lambda rank=rank: rank)
+            read.append(ranks.enter_context(zero.opened(download, config, str(tmp_path))))
+        assert read[0] == read[1]
+        assert read[0] is not None
+        assert read[0].universal
+        assert list((read[0].folder / zero.TAG).iterdir())
+        monkeypatch.setattr(training, "local_rank", lambda: 0)
+    assert not read[0].folder.exists()
 
 
 def test_without_users_to_validate_the_last_epoch_is_kept(folder: Path, plain: Any) -> None:
