@@ -245,9 +245,16 @@ def _codes(run: Run, config: RunConfig, config_hash: str, name: str) -> None:
     assign_codes(name, run, config, config_hash)
 
 
-# TIGER's are of what the LLM says of a title.
+# TIGER's are of what the LLM says of a title, before it is trained; the others are of the log and the seed alone.
+OF_CODES = {"tiger": ("llm.backbone", "llm.num_hidden_layers")}
 CODES = tuple(
-    Stage(f"assign_codes_{name}", partial(_codes, name=name), OF_LLM, ("interactions",), (f"codes/{name}",))
+    Stage(
+        f"assign_codes_{name}",
+        partial(_codes, name=name),
+        OF_CODES.get(name, ()),
+        ("interactions",),
+        (f"codes/{name}",),
+    )
     for name in DISCRETE
 )
 BASELINES = tuple(_baseline(name) for name in (*TRAINED, *VARIANTS))
