@@ -24,6 +24,7 @@ from ctd_scale.checkpoints import discard, discard_staged
 from ctd_scale.config import ConfigError, LLMConfig, RunConfig, section_hash, section_values
 from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.config_section import Section
+from ctd_scale.llm.backbone_files import folder_digest, given_folder
 from ctd_scale.terminal import console
 
 # What the reader of histories shares with the LLM.
@@ -169,7 +170,14 @@ OF_LLM = _but("llm", LLMConfig, OF_SPEAKING)
 STAGES = (
     Stage("prepare_interactions", _prepare, ("interactions",), (), ("interactions",), revision=1),
     Stage("train_graph", _graph, ("graph",), ("interactions",), ("graph", "embeddings", "embeddings_at_test"), "graph"),
-    Stage("train_tokenizer", _tokenizer, ("tokenizer",), ("embeddings",), ("models/tokenizer", "tokens"), "tokenizer"),
+    Stage(
+        "train_tokenizer",
+        _tokenizer,
+        ("tokenizer", "llm.backbone"),  # a token is as long as the vectors of its words
+        ("embeddings",),
+        ("models/tokenizer", "tokens"),
+        "tokenizer",
+    ),
     Stage(
         "train_history",
         _history,
@@ -278,7 +286,7 @@ def sections_of(stage: Stage, config: RunConfig) -> Sections:
 def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:
     """What the stage's artifacts depend on: its sections of the config and the content of its inputs.
 
-    Raises ArtifactError where an input is not published.
+    Raises ArtifactError where an input is not published, ConfigError where a backbone is not there.
     """
     digests: Mapping[str, str] = {}
     if stage.name == "prepare_interactions":
@@ -288,8 +296,17 @@ def stage_hash(stage: Stage, run: Run, config: RunConfig) -> str:
     else:
         digests = {name: run.fetch(name, verify=False).digest for name in stage.inputs}
     name = f"{stage.name}, revision {stage.revision}" if stage.revision else stage.name
-    payload = json.dumps([name, section_hash(config, sections_of(stage, config)), digests], sort_keys=True)
+    sections = sections_of(stage, config)
+    digests = {**digests, **backbone_digests(sections, config)}
+    payload = json.dumps([name, section_hash(config, sections), digests], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
+
+
+def backbone_digests(sections: Collection[str], config: RunConfig) -> dict[str, str]:
+    """By its name in the config the content of the backbone, where one of the sections names it and it is a folder:
+    other files may lie there by now. What comes out of the wheel stays."""
+    folder = given_folder(config.llm) if {"llm", "llm.backbone"} & set(sections) else None
+    return {} if folder is None else {"llm.backbone": folder_digest(folder)}
 
 
 def is_current(stage: Stage, run: Run, key: str) -> bool:

