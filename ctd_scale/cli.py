@@ -96,13 +96,12 @@ def train(
     items: ItemsOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """Run or resume one stage; what it reads must be published."""
-    from ctd_scale.pipeline import run_stage, stage_named
+    """Run or resume one stage; what it reads must be published. The run's config takes over what shapes the stage."""
+    from ctd_scale.pipeline import run_by_itself, stage_named
 
     settings = configured(config, overrides, dataset, data_dir, interactions, items)
     run = Run(storage, name or Path(config).stem)
-    run_stage(stage_named(STAGE_ALIASES.get(stage, stage)), run, settings)
-    run.write_config(settings)
+    run_by_itself(stage_named(STAGE_ALIASES.get(stage, stage)), run, settings)
 
 
 @app.command()
@@ -295,16 +294,13 @@ def data(
     overrides: SetOption = None,
 ) -> None:
     """Read, check and split a log without training anything: bad rows are named and quarantined."""
-    from ctd_scale.pipeline import run_stage, stage_named
+    from ctd_scale.pipeline import run_by_itself, stage_named
 
     if dataset is None and interactions is None and items is None:
         dataset = "ml-100k"
     settings = configured(None, overrides, dataset, data_dir, interactions, items)
     run = Run(storage, name or "data")
-    run_stage(stage_named("prepare_interactions"), run, settings)
-    if run.exists("run.toml"):  # the other stages' settings stay what they are
-        settings = run.read_config().model_copy(update={"interactions": settings.interactions})
-    run.write_config(settings)
+    run_by_itself(stage_named("prepare_interactions"), run, settings)
     facts = run.fetch("interactions").manifest["facts"]
     console.print_json(json.dumps(facts))
 

@@ -11,7 +11,8 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ctd_scale.artifacts import ArtifactError, Run
 from ctd_scale.baselines.names import DISCRETE, TRAINED, VARIANTS
 from ctd_scale.batches import InteractionLog, NodeArrays, Preferences, Split
 from ctd_scale.checkpoints import discard, discard_staged
-from ctd_scale.config import ConfigError, LLMConfig, RunConfig, section_hash, section_values
+from ctd_scale.config import ConfigError, LLMConfig, RunConfig, section_hash, section_values, validate_config
 from ctd_scale.config_diffusion import DiffusionConfig
 from ctd_scale.config_section import Section
 from ctd_scale.llm.backbone_files import folder_digest, given_folder
@@ -339,6 +340,28 @@ def run_stage(stage: Stage, run: Run, config: RunConfig) -> bool:
         discard_staged(run.root / ".staging", stage.checkpoints, stage.outputs)
     console.print(f"[green]✓[/] {stage.name} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
     return True
+
+
+def run_by_itself(stage: Stage, run: Run, config: RunConfig) -> None:
+    """One stage. Where it was made, the config of the run takes over what shapes it: all else in there is what the
+    other stages were made with, or how the run is served.
+
+    Raises ConfigError before anything is made where the two do not agree.
+    """
+    with run.alone():
+        written = run.exists("run.toml")
+        now = _taken_over(stage, run, config) if written else config
+        if run_stage(stage, run, config) or not written:
+            run.write_config(now)
+
+
+def _taken_over(stage: Stage, run: Run, config: RunConfig) -> RunConfig:
+    """The config of the run with what shapes the stage as another one has it."""
+    values, given = (each.model_dump(mode="json") for each in (run.read_config(), config))
+    for section in sections_of(stage, config):
+        *parents, last = section.split(".")
+        reduce(getitem, parents, values)[last] = reduce(getitem, parents, given)[last]
+    return validate_config(values, source=f"{run.url}/run.toml with what now shapes {stage.name}")
 
 
 def run_with_inputs(stages: Iterable[Stage], run: Run, config: RunConfig) -> None:

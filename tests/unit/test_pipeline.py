@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ctd_scale.artifacts import SCHEMA_VERSION, Run
+from ctd_scale import artifacts
+from ctd_scale.artifacts import LOCK, SCHEMA_VERSION, Run
 from ctd_scale.baselines.names import DISCRETE, VARIANTS
 from ctd_scale.config import ConfigError, load_config
-from ctd_scale.pipeline import is_current, run_with_inputs, stage_hash, stage_named
+from ctd_scale.pipeline import is_current, run_by_itself, run_with_inputs, stage_hash, stage_named
 from ctd_scale.quality import rank_stage
 
 KEY = "key"
@@ -69,6 +70,42 @@ def test_the_config_of_a_run_changes_where_something_is_made(
     monkeypatch.setattr("ctd_scale.pipeline.run_stage", lambda *_: ran)
     run_with_inputs([stage_named("sasrec")], run, now)
     assert run.read_config() == (now if ran else before)
+
+
+OTHERS = ["llm.max_history=3", "evaluation.calibration_users=7", "serving.max_k=7", "baselines.bsarec.epochs=7"]
+OF_SASREC = ["baselines.sasrec.epochs=7", "evaluation.mask_seen=false"]
+
+
+@pytest.mark.parametrize(("ran", "taken"), [(True, OF_SASREC), (False, [])])
+def test_the_config_of_a_run_takes_over_what_shapes_the_stage_that_ran(
+    run: Run, monkeypatch: pytest.MonkeyPatch, ran: bool, taken: list[str]
+) -> None:
+    def make(*_: object) -> bool:
+        assert run.root / LOCK in artifacts._held
+        return ran
+
+    monkeypatch.setattr("ctd_scale.pipeline.run_stage", make)
+    stage, before, now = stage_named("sasrec"), load_config("debug"), load_config("debug", [*OTHERS, *OF_SASREC])
+    run_by_itself(stage, run, before)
+    assert run.read_config() == before, "there was none"
+    run_by_itself(stage, run, now)
+    assert run.read_config() == load_config("debug", taken)
+
+
+def test_a_config_that_would_contradict_itself_is_refused_before_anything_is_made(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctd_scale.pipeline.run_stage", lambda *_: pytest.fail("was made"))
+    before = load_config("debug")
+    run.write_config(before)
+    dim = before.graph.embed_dim + 1
+    now = ["llm.item_vectors=collaborative", f"llm.preference_dim={dim}", f"graph.embed_dim={dim}"]
+    message = (
+        rf"run\.toml with what now shapes train_llm(.|\n)*llm\.preference_dim={dim} but graph\.embed_dim={dim - 1}"
+    )
+    with pytest.raises(ConfigError, match=message):
+        run_by_itself(stage_named("llm"), run, load_config("debug", now))
+    assert run.read_config() == before
 
 
 @pytest.mark.parametrize("name", [*DISCRETE, *VARIANTS])
