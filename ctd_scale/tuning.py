@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,14 +29,13 @@ from ctd_scale.artifacts import Run, link_artifact, write_text
 from ctd_scale.config import ConfigError, RunConfig, load_config, resolve_config, section_hash
 from ctd_scale.environment import machine, versions
 from ctd_scale.evaluate import rank_baseline
-from ctd_scale.pipeline import ALL_STAGES, BASELINES, Stage, run_stage, run_with_inputs, sections_of, stage_named
+from ctd_scale.pipeline import ALL_STAGES, Stage, backbone_digests, run_stage, run_with_inputs, sections_of, stage_named
 from ctd_scale.terminal import TrainingError, console
+from ctd_scale.tuning_space import linked_inputs, overrides_of, read_range, require_own, require_ranked, trial_stages
 
 METRIC = "ndcg"
 # Trials of the denoiser are ranked by preference, draws and error together, which is what it is for.
 DENSITY = "fused_both"
-AFTER_DIFFUSION = ("train_diffusion", "calibrate_ranking")
-_BETWEEN = re.compile(r"([^.].*?)\.\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -50,32 +48,6 @@ class Trial:
     seconds: float
     stopped_early: bool
     error: str
-
-
-def read_range(text: str) -> tuple[str, Any]:
-    """`stage.key=low..high` (log-uniform where both are above 0, whole numbers where both are) or `stage.key=a,b,c`, in
-    Ray Tune's words. Raises ConfigError naming what was expected."""
-    key, separator, values = text.partition("=")
-    if not separator or not key or not values:
-        raise ConfigError(f"--range {text}: expected stage.key=low..high or stage.key=a,b,c")
-    between = _BETWEEN.fullmatch(values)
-    if between is None:
-        return key, tune.choice(values.split(","))
-    try:
-        low, high = (json.loads(end) for end in between.groups())
-        if not low < high:
-            raise ValueError
-    except (ValueError, TypeError):
-        raise ConfigError(f"--range {text}: expected two numbers low..high, the lower first") from None
-    if isinstance(low, int) and isinstance(high, int):
-        return key, tune.randint(low, high + 1)
-    return key, tune.loguniform(low, high) if low > 0 else tune.uniform(low, high)
-
-
-def overrides_of(settings: Mapping[str, Any]) -> list[str]:
-    """The settings of a trial as `stage.key=value`; numbers are rounded to four digits, so that what is written down
-    is what was trained."""
-    return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()]
 
 
 def search(
@@ -92,9 +64,10 @@ def search(
     """Train so many trials, `concurrent` at a time, none ended before `least_epochs` validations; best first.
 
     Goes on where it was interrupted. Raises ConfigError: a stage that is not ranked on validation, a key or range that
-    does not exist, a storage that is not a folder; TrainingError where every trial failed.
+    does not exist or that a trial cannot set for itself, nobody to rank it by, a storage that is not a folder;
+    TrainingError where every trial failed.
     """
-    stages = _stages(stage_named(stage_name))
+    stages = trial_stages(stage_named(stage_name))
     if not run.is_local:
         raise ConfigError(
             f"{run.url}: trials link the run's files, so --storage must be a folder (shared by all nodes)"
@@ -105,15 +78,10 @@ def search(
     if len(space) < len(ranges):
         raise ConfigError(f"--range {' '.join(ranges)}: a setting has two ranges; give one with both ends")
     settings = load_config(config, overrides)
-    if stages[0].name == "train_history" and not settings.history.num_blocks and "history.num_blocks" not in space:
-        raise ConfigError("history.num_blocks=0, so nothing is trained that could be tuned; --set history.num_blocks=2")
     for _ in range(20):  # a key that does not exist, or a value out of bounds, is an error now and not in an hour
         load_config(config, [*overrides, *overrides_of({key: each.sample() for key, each in space.items()})])
-    read = {name for stage in stages for name in sections_of(stage, settings)}
-    for key in space:
-        if not any(f"{key}.".startswith(f"{name}.") for name in read):
-            own = ", ".join(sorted({name.rpartition(".")[0] or name for name in read}))
-            raise ConfigError(f"--range {key}: {stage_name} does not depend on it; expected a setting in {own}")
+    require_own(stage_name, stages, settings, space)
+    require_ranked(stages[0], config, overrides, space)
     _make_inputs(stages, run, settings)
     training.start_ray()
     name = _name(stages, run, settings, [*sorted(ranges), trials, least_epochs])
@@ -179,24 +147,13 @@ def show_trials(trials: Sequence[Trial]) -> None:
     console.print(table)
 
 
-def _stages(stage: Stage) -> list[Stage]:
-    """What a trial runs. Raises ConfigError where it would not be ranked on validation."""
-    alone = ("train_graph", "train_history", "train_llm", *(each.name for each in BASELINES))
-    tuned = {name: [name] for name in alone} | {"train_diffusion": list(AFTER_DIFFUSION)}
-    if stage.name not in tuned:
-        names = ", ".join(name.removeprefix("train_") for name in tuned)
-        raise ConfigError(f"{stage.name} is not ranked on validation by itself; what can be tuned: {names}")
-    return [stage_named(name) for name in tuned[stage.name]]
-
-
-def _inputs(stages: Sequence[Stage]) -> list[str]:
-    """All that these stages read and do not make themselves."""
-    made = {name for stage in stages for name in stage.outputs}
-    return sorted({name for stage in stages for name in stage.inputs} - made)
+def _digests(stages: Sequence[Stage], run: Run) -> dict[str, str]:
+    """Of what these stages read and do not make themselves."""
+    return {name: run.fetch(name, verify=False).digest for name in linked_inputs(stages)}
 
 
 def _make_inputs(stages: Sequence[Stage], run: Run, config: RunConfig) -> None:
-    needed = set(_inputs(stages))
+    needed = set(linked_inputs(stages))
     run_with_inputs([maker for maker in ALL_STAGES if needed & set(maker.outputs)], run, config)
 
 
@@ -205,7 +162,7 @@ def _name(stages: Sequence[Stage], run: Run, config: RunConfig, asked: list[Any]
     what its stages read, their settings, and how they are ranked."""
     made = [(stage.name, stage.revision) for stage in stages]
     sections = sorted({"evaluation", *(name for stage in stages for name in sections_of(stage, config))})
-    read = [run.fetch(name, verify=False).digest for name in _inputs(stages)]
+    read = [*_digests(stages, run).values(), *backbone_digests(sections, config).values()]
     payload = json.dumps([made, section_hash(config, sections), read, asked])
     return f"{stages[0].name}-{hashlib.sha256(payload.encode()).hexdigest()[:8]}"
 
@@ -217,7 +174,7 @@ def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
     base = Run(arguments["storage"], arguments["name"])
     own = Run(arguments["trials"], tune.get_context().get_trial_id())  # settings may be drawn twice
     stages = [stage_named(name) for name in arguments["stages"]]
-    for name in _inputs(stages):
+    for name in linked_inputs(stages):
         if not own.exists(name):
             link_artifact(name, base, own)
     own.write_config(config)

@@ -12,7 +12,15 @@ from ray.tune.search.sample import Categorical, Float, Integer
 from ctd_scale.artifacts import Run
 from ctd_scale.config import ConfigError, load_config
 from ctd_scale.pipeline import stage_named
-from ctd_scale.tuning import _inputs, _name, _stages, _trial_of, overrides_of, read_range, search
+from ctd_scale.tuning import _name, _trial_of, search
+from ctd_scale.tuning_space import (
+    linked_inputs,
+    overrides_of,
+    read_range,
+    require_own,
+    require_ranked,
+    trial_stages,
+)
 
 
 def test_ranges_in_words() -> None:
@@ -48,7 +56,36 @@ def test_what_is_written_down_is_what_was_trained() -> None:
         ("llm", ["llm.head_dropout=0.5..1.5"], r"llm\.head_dropout: Input should be less than or equal to 1"),
         ("llm", [], "nothing to search"),
         ("llm", ["graph.epochs=1,2"], r"graph\.epochs: llm does not depend on it; expected a setting in .*llm"),
-        ("history", ["history.dropout=0..0.5"], r"history\.num_blocks=0, so nothing is trained"),
+        ("history", ["history.dropout=0..0.5"], r"history\.num_blocks=0, so nothing is trained.*--set history\.num_b"),
+        (
+            "history",
+            ["history.num_blocks=0..2"],
+            r"history\.num_blocks=0, .*leave 0 out of --range history",
+        ),
+        (
+            "history",
+            ["history.num_blocks=2,1,0"],
+            r"history\.num_blocks=0, .*leave 0 out of --range history",
+        ),
+        ("llm", ["llm.validation_users=0,9"], r"llm\.validation_users=0, so nobody .*leave 0 out of --range llm\.val"),
+        ("sasrec", ["baselines.sasrec.validation_users=0..9"], r"baselines\.sasrec\.validation_users=0, so nobody"),
+        (
+            "llm",
+            ["llm.backbone=a,b"],
+            r"llm\.backbone: train_tokenizer, whose models/tokenizer all trials share",
+        ),
+        (
+            "tiger",
+            ["llm.num_hidden_layers=1,2"],
+            r"assign_codes_tiger, whose codes/tiger all trials share, .*--set",
+        ),
+        ("diffusion", ["retrieval.engine=exact,faiss"], r"--range retrieval\.engine: build_index, whose index all"),
+        (
+            "sasrec",
+            ["evaluation.mask_seen=true,false"],
+            r"evaluation\.mask_seen: trials are compared by it; .*--set",
+        ),
+        ("diffusion", ["llm.epochs=1,2"], r"diffusion does not depend on it; expected a setting in diffusion$"),
         (
             "tokenizer",
             ["tokenizer.mask_ratio=0..1"],
@@ -63,6 +100,50 @@ def test_mistakes_are_named_before_anything_is_trained(
     with pytest.raises(ConfigError, match=expected):
         search(stage, "debug", [], ranges, run, trials=1, concurrent=1, least_epochs=1)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("llm", ["llm.validation_users=0"]),
+        ("text_only", ["llm.validation_users=0"]),
+        ("history", ["history.num_blocks=1", "history.validation_users=0"]),
+        ("bpr_mf", ["baselines.bpr_mf.validation_users=0"]),
+    ],
+)
+def test_without_anybody_to_validate_on_nothing_is_searched(stage: str, overrides: list[str]) -> None:
+    (made,), key = trial_stages(stage_named(stage)), overrides[-1].removesuffix("=0")
+    with pytest.raises(ConfigError, match=rf"{key}=0, so nobody is left .*--set {key}=1000"):
+        require_ranked(made, "debug", overrides, {})
+    require_ranked(made, "debug", overrides, {key: read_range(f"{key}=5,9")[1]})
+    require_ranked(made, "debug", overrides[:-1], {})
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "shared_with_a_reader", "shared_without"),
+    [
+        ("llm", "llm.temperature", True, False),
+        ("llm", "llm.preference_dim", True, False),
+        ("llm", "llm.learning_rate", False, False),
+        ("llm", "history.dropout", True, False),
+        ("history", "llm.temperature", False, False),
+        ("collm", "llm.max_history", False, False),
+        ("tiger", "llm.max_history", False, False),
+        ("p5_random", "llm.num_hidden_layers", False, False),
+        ("diffusion", "diffusion.guidance", False, False),
+    ],
+)
+def test_a_trial_sets_what_nothing_that_trials_share_depends_on(
+    stage: str, key: str, shared_with_a_reader: bool, shared_without: bool
+) -> None:
+    stages, space = trial_stages(stage_named(stage)), {key: None}
+    for blocks, shared in ((1, shared_with_a_reader), (0, shared_without)):
+        settings = load_config("debug", [f"history.num_blocks={blocks}"])
+        if shared:
+            with pytest.raises(ConfigError, match=f"--range {key}: train_history, whose models/history all trials"):
+                require_own(stage, stages, settings, space)
+        else:
+            require_own(stage, stages, settings, space)
 
 
 def test_a_storage_that_cannot_be_linked_is_refused() -> None:
@@ -82,8 +163,8 @@ def test_a_trial_that_failed_at_once_says_why() -> None:
 
 
 def test_another_search_begins_where_a_trial_would_end_otherwise(tmp_path: Path) -> None:
-    run, stages = Run(str(tmp_path), "run"), _stages(stage_named("train_diffusion"))
-    for name in _inputs(stages):
+    run, stages = Run(str(tmp_path), "run"), trial_stages(stage_named("train_diffusion"))
+    for name in linked_inputs(stages):
         with run.publish(name, config_hash="", inputs={}) as folder:
             (folder / "made").write_text("first")
 
