@@ -25,7 +25,7 @@ from ray.tune.search import BasicVariantGenerator
 from rich.table import Table
 
 from ctd_scale import training
-from ctd_scale.artifacts import Run, link_artifact, write_text
+from ctd_scale.artifacts import ArtifactError, Run, link_artifact, write_text
 from ctd_scale.config import ConfigError, RunConfig, load_config, resolve_config, section_hash
 from ctd_scale.environment import machine, versions
 from ctd_scale.evaluate import rank_baseline
@@ -65,7 +65,7 @@ def search(
 
     Goes on where it was interrupted. Raises ConfigError: a stage that is not ranked on validation, a key or range that
     does not exist or that a trial cannot set for itself, nobody to rank it by, a storage that is not a folder;
-    TrainingError where every trial failed.
+    ArtifactError where another process makes the same search; TrainingError where every trial failed.
     """
     stages = trial_stages(stage_named(stage_name))
     if not run.is_local:
@@ -83,41 +83,43 @@ def search(
     require_own(stage_name, stages, settings, space)
     require_ranked(stages[0], config, overrides, space)
     _make_inputs(stages, run, settings)
-    training.start_ray()
     name = _name(stages, run, settings, [*sorted(ranges), trials, least_epochs])
     folder = run.root / "tune" / name
-    arguments = {
-        "stages": [stage.name for stage in stages],
-        "config": str(resolve_config(config).absolute()),
-        "overrides": list(overrides),
-        "storage": str(run.root.parent),
-        "name": run.name,
-        "trials": str(folder / "runs"),
-    }
-    trainable = tune.with_resources(tune.with_parameters(_trial, arguments=arguments), {"CPU": 0.1})
-    if tune.Tuner.can_restore(str(folder)):
-        tuner = tune.Tuner.restore(str(folder), trainable, restart_errored=True)
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                metric=METRIC,
-                mode="max",
-                num_samples=trials,
-                search_alg=BasicVariantGenerator(random_state=settings.seed, max_concurrent=concurrent),
-                scheduler=AsyncHyperBandScheduler(
-                    "validations", max_t=1_000_000, grace_period=least_epochs, reduction_factor=3
+    with Run(str(folder.parent), name).alone():
+        training.start_ray()
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in settings begin where we are
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it Ctrl-C would end the search as if it were complete
+        arguments = {
+            "stages": [stage.name for stage in stages],
+            "config": str(resolve_config(config).absolute()),
+            "overrides": list(overrides),
+            "storage": str(run.root.parent),
+            "name": run.name,
+            "trials": str(folder / "runs"),
+            "inputs": _digests(stages, run),
+        }
+        trainable = tune.with_resources(tune.with_parameters(_trial, arguments=arguments), {"CPU": 0.1})
+        if tune.Tuner.can_restore(str(folder)):
+            tuner = tune.Tuner.restore(str(folder), trainable, restart_errored=True)
+        else:
+            tuner = tune.Tuner(
+                trainable,
+                param_space=space,
+                tune_config=tune.TuneConfig(
+                    metric=METRIC,
+                    mode="max",
+                    num_samples=trials,
+                    search_alg=BasicVariantGenerator(random_state=settings.seed, max_concurrent=concurrent),
+                    scheduler=AsyncHyperBandScheduler(
+                        "validations", max_t=1_000_000, grace_period=least_epochs, reduction_factor=3
+                    ),
                 ),
-            ),
-            run_config=tune.RunConfig(
-                name=name, storage_path=str(folder.parent), callbacks=[_Teller(folder / "runs")], verbose=0
-            ),
-        )
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in settings begin where we are
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it Ctrl-C would end the search as if it were complete
-    done = [_trial_of(result) for result in tuner.fit()]
-    shutil.rmtree(folder / "runs", ignore_errors=True)
+                run_config=tune.RunConfig(
+                    name=name, storage_path=str(folder.parent), callbacks=[_Teller(folder / "runs")], verbose=0
+                ),
+            )
+        done = [_trial_of(result) for result in tuner.fit()]
+        shutil.rmtree(folder / "runs", ignore_errors=True)
     if all(trial.error for trial in done):
         raise TrainingError(f"every trial failed; the first one: {done[0].error}")
     return sorted(done, key=lambda trial: -trial.ndcg if not trial.error else math.inf)
@@ -174,15 +176,27 @@ def _trial(settings: dict[str, Any], arguments: dict[str, Any]) -> None:
     base = Run(arguments["storage"], arguments["name"])
     own = Run(arguments["trials"], tune.get_context().get_trial_id())  # settings may be drawn twice
     stages = [stage_named(name) for name in arguments["stages"]]
-    for name in linked_inputs(stages):
-        if not own.exists(name):
-            link_artifact(name, base, own)
+    _link_inputs(arguments["inputs"], base, own)
     own.write_config(config)
     record = own.root / "validated.json"
     with training.reporting_to(_EveryValidation(record)):
         for stage in stages:
             run_stage(stage, own, config)
     tune.report(_report(_validation_ndcg(stages[-1], own, config), _read(record).values(), finished=True))
+
+
+def _link_inputs(inputs: Mapping[str, str], base: Run, own: Run) -> None:
+    """Raises ArtifactError where the run has others by now than those that the search began with, by their digests."""
+    for name, digest in inputs.items():
+        if not own.exists(name):
+            link_artifact(name, base, own)
+        found = own.fetch(name, verify=False).digest
+        if found != digest:
+            shutil.rmtree(own.root / name)
+            raise ArtifactError(
+                f"{base.url}/{name} was made anew since the search began (digest {digest[:12]}..., found "
+                f"{found[:12]}...); give the command again: it begins another search, with what is there by now"
+            )
 
 
 def _read(record: Path) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 from ray.tune.search.sample import Categorical, Float, Integer
 
-from ctd_scale.artifacts import Run
+from ctd_scale import training, tuning
+from ctd_scale.artifacts import LOCK, ArtifactError, Run
 from ctd_scale.config import ConfigError, load_config
 from ctd_scale.pipeline import stage_named
-from ctd_scale.tuning import _name, _trial_of, search
+from ctd_scale.tuning import _link_inputs, _name, _trial_of, search
 from ctd_scale.tuning_space import (
     linked_inputs,
     overrides_of,
@@ -144,6 +146,44 @@ def test_a_trial_sets_what_nothing_that_trials_share_depends_on(
                 require_own(stage, stages, settings, space)
         else:
             require_own(stage, stages, settings, space)
+
+
+def test_a_search_that_another_process_makes_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stage = Run(str(tmp_path), "run"), stage_named("sasrec")
+    with run.publish("interactions", config_hash="", inputs={}):
+        pass
+    ranges = ["baselines.sasrec.epochs=1,2"]
+    name = _name([stage], run, load_config("debug"), [*ranges, 1, 1])
+    folder = run.root / "tune" / name
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tuning, "_make_inputs", lambda *_: None)
+    monkeypatch.setattr(training, "start_ray", lambda: pytest.fail("it went on"))
+    with (folder / LOCK).open("w") as lock:  # as another process has it
+        lock.write("pid 7")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ArtifactError, match=rf"{name} is being made by another process \(pid 7\)"):
+            search("sasrec", "debug", [], ranges, run, trials=1, concurrent=1, least_epochs=1)
+
+
+def test_a_trial_reads_what_its_search_began_with(tmp_path: Path) -> None:
+    base, own = Run(str(tmp_path), "base"), Run(str(tmp_path), "trial")
+
+    def publish(text: str) -> None:
+        with base.publish("graph", config_hash="", inputs={}) as folder:
+            (folder / "made").write_text(text)
+
+    publish("first")
+    inputs = {"graph": base.fetch("graph").digest}
+    _link_inputs(inputs, base, own)
+    publish("again")
+    _link_inputs(inputs, base, own)
+    assert (own.root / "graph" / "made").read_text() == "first", "what was linked is still there"
+    late = Run(str(tmp_path), "late")
+    with pytest.raises(ArtifactError, match=r"base/graph was made anew since the search began .*begins another search"):
+        _link_inputs(inputs, base, late)
+    publish("first")
+    _link_inputs(inputs, base, late)
 
 
 def test_a_storage_that_cannot_be_linked_is_refused() -> None:
