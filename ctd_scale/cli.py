@@ -112,7 +112,14 @@ def tune(
         list[str] | None, typer.Option("--range", help="stage.key=low..high or stage.key=a,b,c; repeatable")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="how many settings are tried")] = 16,
-    concurrent: Annotated[int, typer.Option(min=1, help="how many at a time; each takes the stage's workers")] = 1,
+    concurrent: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="how many at a time; each takes the stage's workers. A search that goes on keeps the number that it "
+            "began with",
+        ),
+    ] = 1,
     least_epochs: Annotated[int, typer.Option(min=1, help="validations before a trial may be ended early")] = 4,
     storage: StorageOption = "runs",
     name: NameOption = "",

@@ -19,6 +19,7 @@ from typing import Any
 
 import tomli_w
 from ray import tune
+from ray.tune.experiment import Trial as RayTrial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import BasicVariantGenerator
@@ -110,9 +111,7 @@ def search(
                     mode="max",
                     num_samples=trials,
                     search_alg=BasicVariantGenerator(random_state=settings.seed, max_concurrent=concurrent),
-                    scheduler=AsyncHyperBandScheduler(
-                        "validations", max_t=1_000_000, grace_period=least_epochs, reduction_factor=3
-                    ),
+                    scheduler=Asha("validations", max_t=1_000_000, grace_period=least_epochs, reduction_factor=3),
                 ),
                 run_config=tune.RunConfig(
                     name=name, storage_path=str(folder.parent), callbacks=[_Teller(folder / "runs")], verbose=0
@@ -231,6 +230,18 @@ def _trial_of(result: Any) -> Trial:
         stopped_early=not last["finished"] and not error,
         error=error,
     )
+
+
+class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]  # untyped
+    """ASHA that goes on where it was: Ray gives a search that it restores a fresh scheduler, and adds the trials to it
+    that had ended. Trials that had not say all again (`_EveryValidation`)."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        if trial.status == RayTrial.TERMINATED:
+            bracket = self._trial_info.pop(trial.trial_id)
+            for count, ndcg in enumerate((trial.last_result or {}).get("validated", ()), start=1):
+                bracket.on_result(trial, count, self._metric_op * ndcg)
 
 
 class _EveryValidation(TuneReportCallback):  # type: ignore[misc]  # untyped

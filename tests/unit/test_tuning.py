@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.sample import Categorical, Float, Integer
 
 from ctd_scale import training, tuning
 from ctd_scale.artifacts import LOCK, ArtifactError, Run
 from ctd_scale.config import ConfigError, load_config
 from ctd_scale.pipeline import stage_named
-from ctd_scale.tuning import _link_inputs, _name, _trial_of, search
+from ctd_scale.tuning import METRIC, Asha, _link_inputs, _name, _report, _trial_of, search
 from ctd_scale.tuning_space import (
     linked_inputs,
     overrides_of,
@@ -184,6 +187,45 @@ def test_a_trial_reads_what_its_search_began_with(tmp_path: Path) -> None:
         _link_inputs(inputs, base, late)
     publish("first")
     _link_inputs(inputs, base, late)
+
+
+def told(scheduler: AsyncHyperBandScheduler, trial: SimpleNamespace, *validated: float) -> str:
+    """What ASHA says at last to a trial that validates so, one after the other."""
+    said = ""
+    for count in range(1, len(validated) + 1):
+        result = {**_report(validated[count - 1], validated[:count], finished=False), "time_total_s": 1.0}
+        said = scheduler.on_trial_result(None, trial, result)
+        trial.last_result = result
+    return said
+
+
+def a_trial(name: str) -> SimpleNamespace:
+    return SimpleNamespace(trial_id=name, status=RayTrial.RUNNING, last_result=None)
+
+
+def test_a_search_that_goes_on_compares_with_the_trials_before() -> None:
+    def fresh(kind: type[AsyncHyperBandScheduler]) -> AsyncHyperBandScheduler:
+        made = kind("validations", max_t=1_000, grace_period=2, reduction_factor=3)
+        assert made.set_search_properties(METRIC, "max")
+        return pickle.loads(pickle.dumps(made))
+
+    through, goes_on, forgets = fresh(Asha), fresh(Asha), fresh(AsyncHyperBandScheduler)
+    curves = {"good": [0.1, 0.5, 0.6, 0.6, 0.6, 0.7, 0.7], "bad": [0.4, 0.2], "fair": [0.3, 0.4, 0.5, 0.5]}
+    trials = {name: a_trial(name) for name in [*curves, "failed at once"]}
+    for name, trial in trials.items():
+        through.on_trial_add(None, trial)
+        told(through, trial, *curves.get(name, []))
+        if trial.last_result is not None:
+            through.on_trial_complete(None, trial, trial.last_result)
+        trial.status = RayTrial.TERMINATED
+        for scheduler in (goes_on, forgets):
+            scheduler.on_trial_add(None, trial)
+    assert [bracket._rungs for bracket in goes_on._brackets] == [bracket._rungs for bracket in through._brackets]
+    for scheduler, expected in ((through, "STOP"), (goes_on, "STOP"), (forgets, "CONTINUE")):
+        late = a_trial("late")
+        scheduler.on_trial_add(None, late)
+        assert told(scheduler, late, 0.1) == "CONTINUE"
+        assert told(scheduler, late, 0.1, 0.3) == expected
 
 
 def test_a_storage_that_cannot_be_linked_is_refused() -> None:
