@@ -209,7 +209,8 @@ def test_what_is_served_is_what_was_measured(chains: Path) -> None:
         answer.items.index(target) + 1 if target in answer.items else np.inf
         for answer, target in zip(answers, targets, strict=True)
     ]
-    assert np.mean(ranks["full"] != np.array(places)) <= 0.01
+    # Batches of another size round otherwise, by which two neighbours may change places.
+    assert np.sum(ranks["full"] != np.array(places)) <= 2
 
 
 def test_a_second_run_changes_nothing_and_a_damaged_artifact_is_made_again(chains: Path) -> None:
