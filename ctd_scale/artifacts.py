@@ -32,6 +32,7 @@ from ctd_scale.environment import cache_folder, git_revision
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = ("digest", "config_hash", "inputs", "facts", "files")
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # as of some network mounts
 SCHEMA_VERSION = 2
 
 # Which command makes which artifact: every refusal names it.
@@ -247,8 +248,8 @@ class Run:
                     f"{self.url} is being made by another process ({lock.read().strip()}); wait until it has ended, or "
                     "give another --name"
                 ) from None
-            except OSError as error:  # as of some network mounts: better unguarded than not at all
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            except OSError as error:  # better unguarded than not at all
+                if error.errno not in NO_LOCKS:
                     raise
             lock.truncate(0)
             lock.write(f"pid {os.getpid()}")

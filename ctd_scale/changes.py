@@ -7,7 +7,6 @@ from the catalogue of `interactions`, by item id, so that it also holds over mod
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import shutil
@@ -21,7 +20,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ctd_scale.artifacts import MANIFEST, Artifact, ArtifactError, Run
+from ctd_scale.artifacts import MANIFEST, NO_LOCKS, Artifact, ArtifactError, Run
 from ctd_scale.batches import ITEM_COLUMNS, read_table, write_table
 from ctd_scale.config import InteractionsConfig
 from ctd_scale.interactions.checking import read_catalogue
@@ -36,7 +35,6 @@ SCHEMA = pa.schema(
     [("item_id", pa.string()), ("title", pa.string()), ("category", pa.string()), ("deleted", pa.bool_())]
 )
 MAX_NAMED = 5
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ def alone(run: Run, doing: str = "") -> Iterator[None]:
         except BlockingIOError:
             console.print(f"waiting for another process that changes the catalogue of {run.url}", highlight=False)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:  # as of some network mounts: better unguarded than not at all
+        except OSError as error:  # better unguarded than not at all
             if error.errno not in NO_LOCKS:
                 raise
         yield

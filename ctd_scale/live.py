@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -159,10 +160,7 @@ def rebuild_index(run: Run, artifacts: Mapping[str, Artifact], config: RunConfig
     engine is calibrated over all of them. What is changed while it is built lies on top of it. Raises ArtifactError
     where what it was built of was rolled back meanwhile.
     """
-    aside = run.root / ".staging" / "rebuild"
-    with alone(run, "rebuild-"):
-        shutil.rmtree(aside, ignore_errors=True)  # of what was killed
-        aside.mkdir(parents=True)
+    with alone(run, "rebuild-"), _aside(run) as aside:
         before = read_changes(run)
         base = load_base(run, artifacts, before)
         live = apply_changes(base, before)
@@ -182,8 +180,19 @@ def rebuild_index(run: Run, artifacts: Mapping[str, Artifact], config: RunConfig
             with next_version(run, now, now.table, "built the index anew", inputs, with_index=True) as folder:
                 for part in aside.iterdir():
                     part.rename(folder / part.name)
-            aside.rmdir()
             return read_changes(run)
+
+
+@contextmanager
+def _aside(run: Run) -> Iterator[Path]:
+    """An empty folder beside what is published; nothing of it stays, nor of one that was killed."""
+    folder = run.root / ".staging" / "rebuild"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _numbers(

@@ -209,8 +209,15 @@ def test_what_is_served_is_what_was_measured(chains: Path) -> None:
         answer.items.index(target) + 1 if target in answer.items else np.inf
         for answer, target in zip(answers, targets, strict=True)
     ]
-    # Batches of another size round otherwise, by which two neighbours may change places.
-    assert np.sum(ranks["full"] != np.array(places)) <= 2
+    # Batches of another size round otherwise, by which items of all but the same score may change places.
+    others = [
+        (answer, rank, place)
+        for answer, rank, place in zip(answers, ranks["full"], places, strict=True)
+        if rank != place
+    ]
+    assert len(others) <= 2
+    for answer, rank, place in others:
+        assert answer.scores[int(rank) - 1] == pytest.approx(answer.scores[int(place) - 1], abs=5e-4)
 
 
 def test_a_second_run_changes_nothing_and_a_damaged_artifact_is_made_again(chains: Path) -> None:

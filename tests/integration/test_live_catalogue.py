@@ -5,30 +5,22 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import threading
 import weakref
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from changed_run import EVERYTHING, ids_of, items, make_run
 from tiny_run import CATEGORIES, COND_DIM, ITEMS, make_tiny_run
 
-from ctd_scale import live
-from ctd_scale.artifacts import ArtifactError, Run
+from ctd_scale.artifacts import Run
 from ctd_scale.batches import Ranking, save_rankings
 from ctd_scale.changes import (
     CURRENT,
-    alone,
     delete,
     in_force,
-    prune,
-    read_changes,
     read_items,
-    roll_back,
     upsert,
-    versions,
 )
 from ctd_scale.cli import main
 from ctd_scale.interactions.schema import BadInputError
@@ -38,7 +30,6 @@ from ctd_scale.serving.release import open_release, source_of
 from ctd_scale.serving.schema import Directory, Range
 
 pytestmark = pytest.mark.slow
-EVERYTHING = 2 * ITEMS
 
 
 @pytest.fixture
@@ -46,26 +37,9 @@ def run(tmp_path: Path) -> Run:
     return make_run(tmp_path)
 
 
-def make_run(folder: Path, seed: int = 0) -> Run:
-    """One whose pool of candidates is everything: then no item's score depends on which others there are."""
-    run = make_tiny_run(folder, seed)
-    run.write_config(run.read_config(["diffusion.error_candidates=400"]))
-    return run
-
-
-def items(*rows: tuple[str, str, str]) -> pa.Table:
-    return pa.Table.from_pylist([dict(zip(("item_id", "title", "category"), row, strict=True)) for row in rows])
-
-
 def ctd(*arguments: str) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["index", *arguments])
-
-
-def ids_of(recommender: Recommender, user: int = 0, k: int = EVERYTHING) -> list[str]:
-    (answer,) = recommender.recommend([recommender.log.full_history(user)], k, exclude_seen=False)
-    assert len(answer.scores) == len(set(answer.items)) == len(answer.items)
-    return [recommender.catalogue.item_ids[item] for item in answer.items]
 
 
 def test_what_is_put_in_comes_back_and_moves_nothing_else(run: Run) -> None:
@@ -128,114 +102,6 @@ def test_an_item_put_in_and_taken_out_leaves_nothing(run: Run) -> None:
     assert directory.item("new") in directory.excluded(items=["new"])
     upsert(run, items(("new", "Golden River", CATEGORIES[0])))
     assert "new" in ids_of(Recommender(run))
-
-
-def test_rolled_back_is_as_before_and_versions_stay(run: Run) -> None:
-    wanted = {0: Recommender(run)}
-    upsert(run, items(("a", "Red Empire", "drama")))
-    wanted[1] = Recommender(run)
-    delete(run, ["i1"])
-    wanted[2] = Recommender(run)
-    assert len({each.version for each in wanted.values()}) == 3
-    for version in (1, 0):
-        assert roll_back(run).number == version
-        assert Recommender(run).version == wanted[version].version
-        assert ids_of(Recommender(run)) == ids_of(wanted[version])
-    with pytest.raises(ArtifactError, match="no version before"):
-        roll_back(run)
-    roll_back(run, 2)
-    assert ids_of(Recommender(run)) == ids_of(wanted[2])
-    with pytest.raises(ArtifactError, match="changes/000009 does not exist"):
-        roll_back(run, 9)
-    roll_back(run, 1)
-    assert upsert(run, items(("b", "Blue Garden", "crime"))).number == 3
-    assert sorted(set(ids_of(Recommender(run))) - set(ids_of(wanted[0]))) == ["a", "b"]
-    assert [(each["version"], each["based_on"]) for each in versions(run)] == [(1, 0), (2, 1), (3, 1)]
-
-
-@pytest.mark.parametrize("exact_limit", [50_000, 16])
-def test_built_anew_it_answers_as_before_and_can_be_changed_further(run: Run, exact_limit: int) -> None:
-    if exact_limit < ITEMS:
-        pytest.importorskip("scann")
-    config = run.read_config([f"retrieval.exact_limit={exact_limit}"])
-    upsert(run, items(("a", "Red Empire", "drama"), ("i3", "Renamed Night", "western"), ("b", "Blue Garden", "crime")))
-    delete(run, ["i1", "b"])
-    before = Recommender(run)
-    assert rebuild_index(run, load_artifacts(run), config).built == 3
-    after = Recommender(run)
-    assert after.version != before.version
-    assert sorted(ids_of(after)) == sorted(ids_of(before))
-    assert [each for each in ids_of(after) if each != "a"] == [each for each in ids_of(before) if each != "a"]
-    assert after.catalogue.titles[3] == "Renamed Night"
-    assert after.rank.retrieve.find("renamed", 5).tolist() == [3]
-    upsert(run, items(("c", "Silver Machine", "drama")))
-    delete(run, ["a"])
-    further = Recommender(run)
-    assert sorted(ids_of(further)) == sorted([*set(ids_of(before)) - {"a"}, "c"])
-    roll_back(run, 2)
-    assert ids_of(Recommender(run)) == ids_of(before)
-
-
-def test_what_is_changed_while_the_index_is_built_lies_on_top_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    upsert(run, items(("a", "Red Empire", "drama")))
-    build = live.build_index
-
-    def slowly(*arguments: Any) -> Any:
-        done = build(*arguments)
-        delete(run, ["i2", "a"])
-        upsert(run, items(("b", "Blue Garden", "crime")))
-        return done
-
-    monkeypatch.setattr(live, "build_index", slowly)
-    changes = rebuild_index(run, load_artifacts(run), run.read_config())
-    assert (changes.number, changes.built) == (4, 4)
-    assert [(each["version"], each["based_on"]) for each in versions(run)][-1] == (4, 3)
-    now = ids_of(Recommender(run))
-    assert "b" in now
-    assert not {"i2", "a"} & set(now)
-    assert not list((run.root / ".staging").iterdir())
-
-    def rolled_back(*arguments: Any) -> Any:
-        done = build(*arguments)
-        roll_back(run, 0)
-        return done
-
-    monkeypatch.setattr(live, "build_index", rolled_back)
-    with pytest.raises(ArtifactError, match="rolled back while its index was built anew"):
-        rebuild_index(run, load_artifacts(run), run.read_config())
-    assert in_force(run) == (0, 4)
-
-
-def test_old_versions_go_and_what_is_in_force_stays_whole(run: Run) -> None:
-    upsert(run, items(("a", "Red Empire", "drama")))
-    rebuild_index(run, load_artifacts(run), run.read_config())
-    for item in "bcde":
-        upsert(run, items((item, "Blue Garden", "crime")))
-    wanted = ids_of(Recommender(run))
-    begun = run.root / ".staging" / "changes-000007-0123abcd"  # of one that was killed
-    begun.mkdir(parents=True)
-    assert prune(run, 2) == [1, 3, 4]
-    assert [each["version"] for each in versions(run)] == [2, 5, 6]
-    assert ids_of(Recommender(run)) == wanted
-    with pytest.raises(ArtifactError, match="changes/000004 does not exist"):
-        roll_back(run, 4)
-    roll_back(run, 5)
-    assert prune(run, 0) == [6]
-    assert upsert(run, items(("f", "Blue Garden", "crime"))).number == 7
-    assert not begun.exists()
-    assert {"a", "b", "c", "d", "f"} <= set(ids_of(Recommender(run)))
-    assert "e" not in ids_of(Recommender(run))
-
-
-def test_a_change_that_has_to_wait_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with alone(run):
-        waiting = threading.Thread(target=delete, args=(run, ["i1"]))
-        waiting.start()
-        waiting.join(0.5)
-        assert waiting.is_alive()
-    waiting.join()
-    assert "waiting for another process" in capsys.readouterr().out
-    assert in_force(run) == (1, 1)
 
 
 def test_titles_are_found_however_many_better_ones_were_taken_out(run: Run) -> None:
@@ -323,41 +189,6 @@ def test_changes_hold_over_models_that_are_trained_anew(run: Run, tmp_path: Path
     found = Recommender(other)
     assert sorted(ids_of(found)) == sorted(set(found.catalogue.item_ids) - {"i1"})
     assert "a" in found.catalogue.item_ids
-
-
-def test_changes_made_at_once_are_all_kept(run: Run) -> None:
-    threads = [
-        threading.Thread(target=upsert, args=(run, items((f"n{number}", "Red River", "drama")))) for number in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    changes = read_changes(run)
-    assert changes.number == 8
-    assert sorted(changes.table["item_id"].to_pylist()) == [f"n{number}" for number in range(8)]
-
-
-def test_a_damaged_version_and_a_damaged_pointer_are_named(run: Run) -> None:
-    upsert(run, items(("a", "Red Empire", "drama")))
-    file = run.root / "changes/000001/items.parquet"
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(ArtifactError, match=r"items\.parquet was changed after it was published"):
-        Recommender(run)
-    (run.root / CURRENT).write_text("3")
-    with pytest.raises(ArtifactError, match=r"changes/current\.json holds '3'"):
-        Recommender(run)
-
-
-def test_what_was_published_stays_where_the_pointer_is_lost(run: Run) -> None:
-    for item in ("a", "b"):
-        upsert(run, items((item, "Red Empire", "drama")))
-    kept = (run.root / "changes/000001/manifest.json").read_text()
-    (run.root / CURRENT).unlink()
-    assert upsert(run, items(("c", "Red Empire", "drama"))).number == 3
-    assert (run.root / "changes/000001/manifest.json").read_text() == kept
-    assert set(ids_of(Recommender(run))) & {"a", "b", "c"} == {"c"}
-    assert "b" in roll_back(run, 2).table["item_id"].to_pylist()
 
 
 @pytest.mark.parametrize("missing", ["title", "category", "price"])
